@@ -1,0 +1,44 @@
+// The gated activations, element by element: used by their own kernel and by matmul's epilogue, which must agree.
+#pragma once
+
+#include "activation/cuda.h"
+#include "common/vec.cuh"
+
+namespace tgi {
+
+// x / (1 + e^−y). For 16-bit results the fast exponential and division (2 ulp of fp32) disappear in the rounding.
+template <typename T>
+__device__ __forceinline__ float over_one_plus_exp(float x, float y) {
+  if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-y));
+  return __fdividef(x, 1.0f + __expf(-y));
+}
+
+template <typename T>
+__device__ __forceinline__ float silu(float x) {
+  return over_one_plus_exp<T>(x, x);
+}
+
+// x · Φ(x), through erfc because 1 + erf cancels below −2.
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(x * -0.70710678118654752f); }
+
+// Hendrycks and Gimpel 2016, arXiv:1606.08415: x · ½(1 + tanh u) = x / (1 + e^−2u).
+template <typename T>
+__device__ __forceinline__ float gelu_tanh(float x) {
+  constexpr float kTwoRootTwoOverPi = 1.59576912160573071f;
+  return over_one_plus_exp<T>(x, kTwoRootTwoOverPi * fmaf(0.044715f * x * x, x, x));
+}
+
+// act(gate) · up, rounded once.
+template <typename T>
+__device__ __forceinline__ T gated(Activation activation, T gate, T up) {
+  const float x = to_float(gate);
+  float y;
+  switch (activation) {
+    case Activation::silu: y = silu<T>(x); break;
+    case Activation::gelu: y = gelu(x); break;
+    default: y = gelu_tanh<T>(x); break;
+  }
+  return from_float<T>(y * to_float(up));
+}
+
+}  // namespace tgi

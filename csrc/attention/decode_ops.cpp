@@ -1,0 +1,17 @@
+// Schemas of the ops that CUDA alone has: kernels specialised for a step's shape, which `attention` of CPUs
+// needs not.
+#include "common/torch_cpu.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
+  m.def(
+      "attention_decode(Tensor(a!) out, Tensor q, Tensor kv_pages, Tensor page_table, Tensor kv_lens, "
+      "int queries_per_seq, float scale, int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor(b!) workspace, float k_scale=1.0, float v_scale=1.0) -> ()");
+  m.def(
+      "attention_decode_workspace(int seqs, int heads, int kv_heads, int head_dim, int queries_per_seq, "
+      "int max_pages) -> int");
+  m.def(
+      "attention_prefill(Tensor(a!) out, Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, "
+      "Tensor kv_lens, int max_query_len, float scale, int window, float softcap, Tensor? alibi_slopes, "
+      "Tensor? sinks, float k_scale=1.0, float v_scale=1.0) -> ()");
+}

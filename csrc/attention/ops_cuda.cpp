@@ -1,0 +1,183 @@
+#include "attention/cuda.h"
+#include "common/torch_cuda.h"
+
+namespace tgi {
+namespace {
+
+constexpr float kLog2OfE = 1.4426950408889634f;
+constexpr int64_t kAlign = 256;  // bytes, of the parts of a workspace
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+CacheType cache_type_of(const Tensor& kv_pages, const Tensor& q) {
+  check(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half, "q has dtype ",
+        static_cast<int>(q.scalar_type()), "; attention on CUDA takes float16 and bfloat16");
+  if (kv_pages.scalar_type() == ScalarType::Float8_e4m3fn) return CacheType::e4m3;
+  check(kv_pages.scalar_type() == q.scalar_type(), "kv_pages has dtype ",
+        static_cast<int>(kv_pages.scalar_type()), "; it needs q's, ", static_cast<int>(q.scalar_type()),
+        ", or float8_e4m3fn");
+  return kv_pages.scalar_type() == ScalarType::Half ? CacheType::f16 : CacheType::bf16;
+}
+
+const int* read_ints(const Tensor& tensor, const char* name) {
+  check_cuda(tensor, ScalarType::Int, name);
+  check(tensor.is_contiguous(), name, " is not contiguous");
+  return static_cast<const int*>(tensor.const_data_ptr());
+}
+
+const float* read_heads(const std::optional<Tensor>& tensor, int64_t heads, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  check_cuda(*tensor, ScalarType::Float, name);
+  check_shape(*tensor, {heads}, name);
+  check(tensor->is_contiguous(), name, " is not contiguous");
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+// [tokens, heads, head_dim] whose tokens may lie apart, every row of 16 aligned bytes.
+void check_tokens(const Tensor& tensor, int64_t heads, int64_t head_dim, const char* name) {
+  check(tensor.is_cuda(), name, " is not on a CUDA device");
+  check_dims(tensor, 3, name);
+  check(tensor.size(1) == heads && tensor.size(2) == head_dim, name, " has ", tensor.size(1), " heads of ",
+        tensor.size(2), "; it needs ", heads, " of ", head_dim);
+  check(tensor.numel() == 0 || (tensor.stride(2) == 1 && (heads == 1 || tensor.stride(1) == head_dim)), name,
+        ": the heads of a token are not contiguous");
+  check(is_aligned(tensor.const_data_ptr(), tensor.stride(0) * 2), name,
+        " needs to start on 16 bytes, with a token stride of whole 16 bytes (8 elements)");
+}
+
+PagedAttention params_of(const Tensor& out, const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
+                         const Tensor& kv_lens, double scale, int64_t window, double softcap,
+                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+                         double k_scale, double v_scale) {
+  check_dims(q, 3, "q");
+  const int64_t heads = q.size(1), head_dim = q.size(2), seqs = page_table.size(0);
+  check_dims(kv_pages, 5, "kv_pages");
+  const int64_t kv_heads = kv_pages.size(2);
+  check_shape(kv_pages, {kv_pages.size(0), 2, kv_heads, 16, head_dim}, "kv_pages");
+  check(kv_pages.is_cuda() && kv_pages.is_contiguous(),
+        "kv_pages needs to be contiguous and on a CUDA device");
+  check(kv_heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads and kv_pages ", kv_heads,
+        "; the first is a multiple of the second");
+  const int64_t multiple = kv_pages.scalar_type() == ScalarType::Float8_e4m3fn ? 16 : 8;
+  check(head_dim > 0 && head_dim <= 256 && head_dim % multiple == 0, "head_dim is ", head_dim,
+        "; attention on CUDA takes multiples of 8 (of 16 with float8 caches) up to 256");
+  check_tokens(q, heads, head_dim, "q");
+  check_tokens(out, heads, head_dim, "out");
+  check(out.scalar_type() == q.scalar_type() && out.size(0) == q.size(0),
+        "out and q differ in dtype or tokens");
+  check_dims(page_table, 2, "page_table");
+  check_shape(kv_lens, {seqs}, "kv_lens");
+  check(window >= 0 && softcap >= 0, "window is ", window, " and softcap ", softcap,
+        "; both are positive, or 0 for none");
+  check(scale > 0, "scale is ", scale, "; it needs to be positive");
+  const float products = static_cast<float>(scale * k_scale);
+  const float cap = static_cast<float>(softcap);
+  return {
+      .out = out.mutable_data_ptr(),
+      .q = q.const_data_ptr(),
+      .kv_pages = kv_pages.const_data_ptr(),
+      .page_table = read_ints(page_table, "page_table"),
+      .kv_lens = read_ints(kv_lens, "kv_lens"),
+      .alibi_slopes = read_heads(alibi_slopes, heads, "alibi_slopes"),
+      .sinks = read_heads(sinks, heads, "sinks"),
+      .out_stride = out.stride(0),
+      .q_stride = q.stride(0),
+      .max_pages = static_cast<int>(page_table.size(1)),
+      .seqs = static_cast<int>(seqs),
+      .heads = static_cast<int>(heads),
+      .kv_heads = static_cast<int>(kv_heads),
+      .head_dim = static_cast<int>(head_dim),
+      .window = static_cast<int>(window),
+      .gain = cap > 0 ? 2 * kLog2OfE * products / cap : kLog2OfE * products,
+      .cap = cap * kLog2OfE,
+      .v_scale = static_cast<float>(v_scale),
+      .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
+  };
+}
+
+// Workspace of decode: counters, then what items hand to the merge.
+struct Workspace {
+  int64_t counter_bytes, slots, bytes;
+};
+
+Workspace workspace_for(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries,
+                        int64_t max_pages) {
+  check(kv_heads > 0 && heads % kv_heads == 0 && queries > 0 && head_dim > 0, "no workspace for ", heads,
+        " heads, ", kv_heads, " kv_heads, ", queries, " queries of ", head_dim);
+  const int64_t all_rows = queries * (heads / kv_heads);
+  const int rows = decode_rows(static_cast<int>(all_rows), static_cast<int>(head_dim));
+  const int64_t groups = seqs * kv_heads * ((all_rows + rows - 1) / rows);
+  // A window may begin and end within an item: one more.
+  const int64_t most = groups * (max_pages * 16 / decode_longest_item(rows) + 2);
+  const int64_t slots = most > kDecodeShortItems ? most : kDecodeShortItems;
+  const int64_t padded_dim = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+  const int64_t counter_bytes = aligned(groups * 4);
+  return {counter_bytes, slots, counter_bytes + kAlign + slots * rows * (padded_dim + 2) * 4};
+}
+
+int64_t attention_decode_workspace(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                   int64_t queries, int64_t max_pages) {
+  return workspace_for(seqs, heads, kv_heads, head_dim, queries, max_pages).bytes;
+}
+
+void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_pages,
+                           const Tensor& page_table, const Tensor& kv_lens, int64_t queries, double scale,
+                           int64_t window, double softcap, const std::optional<Tensor>& alibi_slopes,
+                           const std::optional<Tensor>& sinks, const Tensor& workspace, double k_scale,
+                           double v_scale) {
+  const CacheType type = cache_type_of(kv_pages, q);
+  DecodeParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
+                                sinks, k_scale, v_scale)};
+  check(queries > 0 && q.size(0) == params.seqs * queries, "q has ", q.size(0), " tokens; ", params.seqs,
+        " sequences of ", queries, " need ", params.seqs * queries);
+  const Workspace room =
+      workspace_for(params.seqs, params.heads, params.kv_heads, params.head_dim, queries, params.max_pages);
+  check(workspace.is_cuda() && workspace.is_contiguous() && is_aligned(workspace.const_data_ptr()),
+        "workspace needs to be contiguous, on a CUDA device and on 16 bytes");
+  const int64_t has = workspace.numel() * static_cast<int64_t>(workspace.element_size());
+  check(has >= room.bytes, "workspace has ", has, " bytes; this call needs ", room.bytes,
+        " (attention_decode_workspace tells)");
+  params.queries = static_cast<int>(queries);
+  params.counters = static_cast<int*>(workspace.mutable_data_ptr());
+  // From the end, so that no call's partial results lie where another call, of any size that fits, has its
+  // counters.
+  params.partials = static_cast<char*>(workspace.mutable_data_ptr()) +
+                    (has - (room.bytes - kAlign - room.counter_bytes)) / kAlign * kAlign;
+  params.slots = room.slots;
+  check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
+}
+
+void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_pages,
+                            const Tensor& page_table, const Tensor& query_starts, const Tensor& kv_lens,
+                            int64_t, double scale, int64_t window, double softcap,
+                            const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+                            double k_scale, double v_scale) {
+  const CacheType type = cache_type_of(kv_pages, q);
+  PrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
+                                 sinks, k_scale, v_scale)};
+  check_shape(query_starts, {params.seqs + 1}, "query_starts");
+  params.query_starts = read_ints(query_starts, "query_starts");
+  params.tokens = q.size(0);
+  check_launch(attention_prefill(params, type, stream_of(q)), "attention_prefill");
+}
+
+void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
+                    const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window,
+                    double softcap, const std::optional<Tensor>& alibi_slopes,
+                    const std::optional<Tensor>& sinks, const Tensor& out) {
+  attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, 0, scale, window, softcap,
+                         alibi_slopes, sinks, 1.0, 1.0);
+}
+
+}  // namespace
+}  // namespace tgi
+
+STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&tgi::attention_cuda));
+  m.impl("attention_decode", TORCH_BOX(&tgi::attention_decode_cuda));
+  m.impl("attention_prefill", TORCH_BOX(&tgi::attention_prefill_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tgi, CompositeExplicitAutograd, m) {
+  m.impl("attention_decode_workspace", TORCH_BOX(&tgi::attention_decode_workspace));
+}

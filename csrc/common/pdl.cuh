@@ -1,0 +1,47 @@
+// Programmatic dependent launch: a kernel starts while the one before it drains.
+//
+// The rule of every kernel here: all threads call wait_for_previous() before they read what an earlier kernel of the
+// stream wrote, before they write anything, and before they exit. As each kernel waits for its predecessor to be
+// complete, what is visible after the wait is everything earlier in the stream. Before it, only what is older than the
+// step (weights) may be read.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace tgi {
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's CTAs take what room this one leaves; they still wait for this grid's end.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches with the programmatic edge to the kernel before it. The attribute is unknown before sm_90, where the edge
+// would be an ordinary one.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   Args&&... args) {
+  int device = 0, major = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+}  // namespace tgi

@@ -1,0 +1,68 @@
+"""A runner whose model is a hash of the tokens it reads back from its paged cache.
+
+A page that is lost, shared wrongly or written by another sequence changes the answer, so comparing with
+`expected` proves the scheduler's bookkeeping without a tensor.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.request import GenerationRequest
+
+VOCAB = 1000
+
+
+def next_token(tokens: list[int]) -> int:
+    return zlib.crc32(repr(tokens).encode()) % VOCAB
+
+
+def expected(request: GenerationRequest) -> list[int]:
+    """What `request` must get, whatever else runs."""
+    tokens = list(request.prompt_ids)
+    while len(tokens) < len(request.prompt_ids) + request.max_new_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in request.stop_token_ids:
+            break
+    return tokens[len(request.prompt_ids) :]
+
+
+@dataclass
+class FakeLaunched:
+    sampled: list[Sampled]
+
+    def result(self) -> list[Sampled]:
+        return self.sampled
+
+
+class FakeRunner:
+    def __init__(self, num_pages: int = 2000) -> None:
+        self.num_pages = num_pages
+        self.cache: dict[int, int] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.last_ids: dict[int, int] = {}
+        self.computed_tokens = 0
+
+    def launch(self, plan: Plan) -> FakeLaunched:
+        sampled = []
+        fed = {work.row: self.last_ids.get(work.row, -1) for work in plan.work}
+        for work in plan.work:
+            table = self.tables[work.row] = self.tables.get(work.row, [])[: work.first_page] + work.new_pages
+            inputs = work.token_ids or [fed[work.row]]
+            for position, token in enumerate(inputs, start=work.start):
+                self.cache[self._slot(table, position)] = token
+        for work in plan.work:
+            self.computed_tokens += work.count
+            if work.samples:
+                table = self.tables[work.row]
+                context = [self.cache[self._slot(table, i)] for i in range(work.start + work.count)]
+                self.last_ids[work.row] = next_token(context)
+                sampled.append(Sampled([self.last_ids[work.row]], [-1.0]))
+        return FakeLaunched(sampled)
+
+    @staticmethod
+    def _slot(table: list[int], position: int) -> int:
+        return table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from tests.http.fake_engine import FakeEngine
+from tests.text.tiny import write_tiny_folder
+from tgi_server.config import ServerConfig
+from tgi_server.engine.request import HONOURED, GenerationRequest, Sampling
+from tgi_server.http.app import make_app
+from tgi_server.http.state import Patience
+from tgi_server.http.transport import make_runner
+from tgi_server.text.text import Text
+
+Start = Callable[..., Awaitable[TestClient]]
+
+
+class Served(TestServer):
+    """The application on a port, over the connections it has in service."""
+
+    async def _make_runner(self, **_: object) -> web.AppRunner:
+        return make_runner(self.app)
+
+
+ALL = frozenset(GenerationRequest.__struct_fields__ + Sampling.__struct_fields__)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return Text.from_folder(write_tiny_folder(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def say(text: Text) -> Callable[..., FakeEngine]:
+    """A fake engine that says a text: `say("hello", burst=2)`."""
+
+    def make(words: str, **settings: object) -> FakeEngine:
+        script = text.tokenizer.encode_batch([words], add_special_tokens=False)[0]
+        return FakeEngine(script=script, **settings)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+async def start(text: Text) -> AsyncIterator[Start]:
+    """Serve a fake engine; returns a client. `text`, `config` fields, `patience`, `honoured` may be given."""
+    clients: list[TestClient] = []
+
+    async def make(
+        engine: FakeEngine,
+        *,
+        text: Text = text,
+        patience: Patience | None = None,
+        honoured: frozenset[str] = HONOURED,
+        **config: object,
+    ) -> TestClient:
+        settings = {
+            "model": Path("/nowhere"),
+            "model_id": "tiny",
+            "host": "127.0.0.1",
+            "port": 0,
+            "max_total_tokens": 200,
+            "max_queue": 8,
+            **config,
+        }
+        app = make_app(ServerConfig(**settings), engine, text, patience=patience, honoured=honoured)  # type: ignore[arg-type]
+        server = Served(app)
+        await server.start_server()
+        client = TestClient(server)
+        clients.append(client)
+        return client
+
+    yield make
+    for client in clients:
+        await client.close()

@@ -1,0 +1,92 @@
+"""A real server in its own process, for tests that need one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "models" / "SmolLM2-135M-Instruct"
+START_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The one child process."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def post(self, path: str, body: object, timeout_s: float = 120) -> dict[str, object]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return json.load(response)  # type: ignore[no-any-return]
+
+    def get(self, path: str) -> dict[str, object]:
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return json.load(response)  # type: ignore[no-any-return]
+
+    def stream(self, path: str, body: object, timeout_s: float = 120) -> Iterator[dict[str, object]]:
+        """The JSON of each server-sent event."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            for line in response:
+                if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
+                    yield json.loads(line[5:])
+
+
+@contextmanager
+def running_server(*options: str, model: Path = DEMO) -> Iterator[Server]:
+    """Start `tgi-server serve` on a free port and wait for its ready line."""
+    assert (model / "config.json").exists(), f"{model} is missing; `make test` fetches it"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tgi_server.cli", "serve", "--model-id", str(model), "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        yield Server(process, _ready_url(process))
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+def _ready_url(process: subprocess.Popen[bytes]) -> str:
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    seen = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while time.monotonic() < deadline:
+            selector.select(timeout=1)
+            seen += process.stdout.read() or b""
+            if ready := re.search(rb"is ready on (http://\S+)\n", seen):
+                return ready.group(1).decode()
+            assert process.poll() is None, f"the server ended with {process.returncode}: {seen!r}"
+    raise AssertionError(f"not ready within {START_TIMEOUT_S} s: {seen!r}")

@@ -1,0 +1,1 @@
+"""Kernels for text generation on CPUs and NVIDIA GPUs, a module per op family; they need torch alone."""

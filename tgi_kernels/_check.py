@@ -1,0 +1,48 @@
+"""Checks of arguments: errors that name the argument, its numbers, and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    """Raises ValueError unless `tensor` has `shape`; a word stands for a dimension of any size."""
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) == len(shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {list(sizes)}; it needs [{wanted}]")
+
+
+def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` has one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; it needs {wanted}: convert it with .to({dtypes[0]})"
+        )
+
+
+def check_alike(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raises ValueError unless both lie on one device and have one dtype; on CPUs that is float32."""
+    if like.device.type == "cpu":
+        check_dtype(like_name, like, torch.float32)
+    if tensor.device != like.device or tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device} and {like_name} {like.dtype} on {like.device}; "
+            "an op's tensors share dtype and device"
+        )
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `tensor` is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}); "
+            "call .contiguous() on it first"
+        )

@@ -1,0 +1,51 @@
+"""Root mean square normalisation. Zhang and Sennrich 2019, arXiv:1910.07467."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgi_kernels._check import check_alike, check_contiguous, check_shape
+from tgi_kernels._library import ops, register_fakes
+
+register_fakes("rms_norm", "add_rms_norm")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x · weight / √(mean of x² + eps), over the last dimension.
+
+    x: [tokens, hidden], rows contiguous. weight: [hidden]. out: x's shape, may be x; allocated when not
+    given. Returns out.
+    Raises ValueError for shapes, dtypes or devices that do not fit each other.
+    """
+    out = _prepare(x, weight, out)
+    ops.rms_norm(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """residual += x in place, rounded to its dtype; then the norm of what was stored, as `rms_norm`.
+
+    x, residual: [tokens, hidden]. weight: [hidden]. out: x's shape, may be x; allocated when not given.
+    Returns out.
+    """
+    out = _prepare(x, weight, out)
+    check_shape("residual", residual, x.shape)
+    check_alike("residual", residual, "x", x)
+    check_contiguous("residual", residual)
+    ops.add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def _prepare(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    check_shape("x", x, ("tokens", "hidden"))
+    check_shape("weight", weight, x.shape[1:])
+    check_alike("weight", weight, "x", x)
+    if out is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    check_shape("out", out, x.shape)
+    check_alike("out", out, "x", x)
+    check_contiguous("out", out)
+    return out

@@ -1,0 +1,118 @@
+"""The engine process's loop: requests in, steps computed, events out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Protocol
+
+from tgi_server.config import EngineConfig
+from tgi_server.engine.channel import Channel
+from tgi_server.engine.pages import PagePool
+from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.request import Cancel, EngineStatus, StepEvents, ToEngine, TokenEvent
+from tgi_server.engine.scheduler import Limits, Scheduler
+
+_STATUS_EVERY_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Launched(Protocol):
+    """A step under way."""
+
+    def result(self) -> list[Sampled]:
+        """Wait for the step; one entry for each work item that samples, in the plan's order."""
+
+
+class Runner(Protocol):
+    """Computes plans in the order they are launched."""
+
+    num_pages: int  # of KV cache, what the device has room for
+
+    def launch(self, plan: Plan) -> Launched:
+        """Start computing; returns at once where the device is asynchronous."""
+
+
+class Engine:
+    """One scheduler and one runner behind a channel. `depth` steps may be under way while the next is planned."""
+
+    def __init__(self, config: EngineConfig, runner: Runner, channel: Channel, depth: int = 0) -> None:
+        limits = Limits(config.max_batch_tokens, config.max_sequences, config.max_queue, config.target_s)
+        self._pool = PagePool(runner.num_pages)
+        self._scheduler = Scheduler(self._pool, limits, time.monotonic)
+        self._runner = runner
+        self._channel = channel
+        self._depth = depth
+        self._under_way: deque[tuple[Plan, Launched]] = deque()
+        self._step_began = 0.0
+        self._status_at = 0.0
+
+    def run(self) -> None:
+        """Serve until the front end is gone (PeerGone)."""
+        while True:
+            self.step()
+
+    def step(self) -> None:
+        """Take what has arrived, start the next step, report the one whose turn it is."""
+        busy = self._scheduler.running or self._scheduler.waiting or self._under_way
+        for message in self._channel.receive(timeout_s=0.0 if busy else _STATUS_EVERY_S):
+            self._take(message)
+        plan = self._scheduler.plan()
+        if plan.work:
+            if not self._under_way:
+                self._step_began = time.monotonic()
+            self._launch(plan)
+        if self._under_way and (len(self._under_way) > self._depth or not plan.work):
+            self._commit(*self._under_way.popleft())
+        self._report_status()
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Cancel):
+            self._scheduler.cancel(message.id)
+            return
+        refusal = self._scheduler.add(message)
+        if refusal is not None:
+            self._channel.send(StepEvents([refusal]))
+
+    def _launch(self, plan: Plan) -> None:
+        try:
+            self._under_way.append((plan, self._runner.launch(plan)))
+        except Exception:
+            self._fail(plan)
+
+    def _commit(self, plan: Plan, launched: Launched) -> None:
+        try:
+            sampled = launched.result()
+        except Exception:
+            self._fail(plan)
+            return
+        began, self._step_began = self._step_began, time.monotonic()
+        self._send(self._scheduler.commit(plan, sampled, self._step_began - began))
+
+    def _fail(self, plan: Plan) -> None:
+        """One bad step must not take the others with it: its requests end, the loop goes on."""
+        log.exception("a step of %d tokens failed; its %d requests end", plan.tokens, len(plan.work))
+        self._send(
+            self._scheduler.fail(plan, "the step that computed this request failed; see the server's log")
+        )
+
+    def _send(self, events: list[TokenEvent]) -> None:
+        if events:
+            self._channel.send(StepEvents(events))
+
+    def _report_status(self) -> None:
+        now = time.monotonic()
+        if now - self._status_at < _STATUS_EVERY_S:
+            return
+        self._status_at = now
+        self._channel.send(
+            EngineStatus(
+                phase="ready",
+                waiting=self._scheduler.waiting,
+                running=self._scheduler.running,
+                free_pages=self._pool.available,
+                total_pages=self._pool.total,
+            )
+        )

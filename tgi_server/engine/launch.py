@@ -1,0 +1,66 @@
+"""Starting the engine process and noticing its end. Knows no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from tgi_server.config import EngineConfig
+from tgi_server.engine.channel import encode_config
+from tgi_server.engine.client import EngineClient
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """A running engine, its client, and a future that is done when the process has ended."""
+
+    process: subprocess.Popen[bytes]
+    client: EngineClient
+    ended: asyncio.Future[int]  # its exit status; negative: the signal
+
+    async def stop(self, timeout_s: float = 5.0) -> None:
+        """Hang up and wait; kill it if it does not end."""
+        await self.client.close()
+        await asyncio.wait({self.ended}, timeout=timeout_s)
+        if not self.ended.done():
+            self.process.kill()
+        await self.ended
+
+
+async def start_engine(config: EngineConfig) -> EngineProcess:
+    """Start `python -m tgi_server.engine` on one end of a socket pair and connect to the other.
+
+    Must be called from the main thread: the engine dies with the thread that started it.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tgi_server.engine"],
+            stdin=theirs.fileno(),
+            start_new_session=True,  # Ctrl-C in the terminal is the front end's to handle
+        )
+    ours.setblocking(True)
+    ours.sendall(encode_config(config))
+    client = await EngineClient.connect(ours)
+    return EngineProcess(process, client, _watch(process, client))
+
+
+def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Future[int]:
+    """See the end of the process through its pidfd, at once, whatever became of the socket."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+    pidfd = os.pidfd_open(process.pid)
+
+    def on_end() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        status = process.wait()
+        client.mark_dead(f"the engine process ended with status {status}")
+        ended.set_result(status)
+
+    loop.add_reader(pidfd, on_end)
+    return ended

@@ -1,0 +1,268 @@
+"""Who computes what, step by step: plan() and commit(). Plain Python: knows no tensor.
+
+Prefill, decode, chunked prefill and recompute after preemption are one mechanism: a sequence has tokens that
+are not computed yet, and each step computes some of them. plan() may be called again before the step it planned
+last is committed (scheduling depth 1): the ids being sampled are then fed from device to device.
+
+Pages are released at once, even if a step that is under way still writes to them: steps run in order, so whoever
+gets the page next writes after.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.budget import TokenBudget
+from tgi_server.engine.pages import PagePool
+from tgi_server.engine.plan import Plan, Sampled, Work
+from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from tgi_server.engine.sequence import Sequence, pages_for
+
+_key = attrgetter("key")
+
+# A request of priority p is served as if it had arrived p × this many seconds later (earlier when p < 0): it is
+# overtaken by more urgent ones for that long, and by nobody after.
+SECONDS_PER_PRIORITY = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch_tokens: int  # tokens a step computes; at least max_sequences, so that decoding never waits
+    max_sequences: int
+    max_queue: int  # requests waiting or running
+    target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens is {self.max_batch_tokens}, fewer than the {self.max_sequences} sequences that may "
+                "decode in one step; raise it or lower max_sequences"
+            )
+
+
+class Scheduler:
+    """Continuous batching over a paged cache, oldest first."""
+
+    def __init__(self, pool: PagePool, limits: Limits, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._clock = clock
+        self._budget = TokenBudget(limits.target_s, limits.max_batch_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # by key
+        self._running: list[Sequence] = []  # by key
+        self._rows = list(range(limits.max_sequences - 1, -1, -1))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: GenerationRequest) -> TokenEvent | None:
+        """Queue a request; the event that refuses it if it cannot be taken."""
+        if len(self._sequences) >= self._limits.max_queue:
+            return _refusal(
+                request, f"{len(self._sequences)} requests are queued or running, the limit; try again later"
+            )
+        if request.id in self._sequences:
+            return _refusal(request, f"request id {request.id!r} is already in use")
+        longest = len(request.prompt_ids) + request.max_new_tokens - 1  # the last token is never computed
+        if pages_for(longest) > self._pool.total:
+            return _refusal(
+                request,
+                f"{longest} tokens need {pages_for(longest)} pages of the cache, which has {self._pool.total}; "
+                "ask for fewer tokens",
+            )
+        now = self._clock()
+        key = now + request.priority * SECONDS_PER_PRIORITY
+        sequence = Sequence(request, key, arrived_s=now, tokens=list(request.prompt_ids))
+        self._sequences[request.id] = sequence
+        insort(self._waiting, sequence, key=_key)
+        return None
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; unknown ids (already finished) are no error."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._drop(sequence)
+
+    def plan(self) -> Plan:
+        """Choose the next step. Oldest first; sequences that decode come before any prefill chunk."""
+        decodes: list[Work] = []
+        chunks: list[Work] = []
+        decoding = sum(1 for sequence in self._running if sequence.wanted == 1)
+        chunk_budget = self._budget.prompt_tokens(decoding)
+        for sequence in tuple(self._running):
+            wanted = sequence.wanted
+            count = 1 if wanted == 1 else min(wanted, chunk_budget)
+            if count == 0 or sequence.row < 0 or not self._grow(sequence, sequence.scheduled + count):
+                continue
+            if wanted == 1:
+                decodes.append(self._work(sequence, count))
+            else:
+                chunk_budget -= count
+                chunks.append(self._work(sequence, count))
+        while chunk_budget > 0 and (admitted := self._admit()) is not None:
+            count = min(admitted.wanted, chunk_budget)
+            if not self._grow(admitted, admitted.scheduled + count):
+                raise AssertionError("pages were counted before admission")
+            chunk_budget -= count
+            chunks.append(self._work(admitted, count))
+        return Plan(decodes + chunks)
+
+    def commit(self, plan: Plan, sampled: list[Sampled], seconds: float = 0.0) -> list[TokenEvent]:
+        """Take a step's results, one entry of `sampled` for each work item that samples, in order.
+
+        `seconds`: how long the step took, from which later steps' sizes are derived.
+        """
+        if seconds > 0.0:
+            self._budget.observe(plan.tokens, seconds)
+        events: list[TokenEvent] = []
+        results = iter(sampled)
+        for work in plan.work:
+            result = next(results) if work.samples else None
+            sequence = self._sequences.get(work.id)
+            if sequence is None:
+                continue  # cancelled or finished since
+            if sequence.epoch == work.epoch:
+                sequence.computed = work.start + work.count
+            if result is not None:
+                sequence.pending -= 1
+                events.append(self._extend(sequence, result))
+            self._publish(sequence)
+            if events and events[-1].id == work.id and events[-1].finish is not None:
+                self._drop(sequence)
+        return events
+
+    def fail(self, plan: Plan, message: str) -> list[TokenEvent]:
+        """End every request of a step that could not be computed."""
+        events = []
+        for work in plan.work:
+            sequence = self._sequences.get(work.id)
+            if sequence is not None:
+                self._drop(sequence)
+                events.append(TokenEvent(work.id, finish=FinishReason.FAILED, error=message))
+        return events
+
+    def _work(self, sequence: Sequence, count: int) -> Work:
+        start = sequence.scheduled
+        fed = sequence.fed
+        first_page, sequence.handed_over = sequence.handed_over, len(sequence.pages)
+        sequence.scheduled += count
+        samples = sequence.scheduled == len(sequence.tokens) + sequence.pending
+        sequence.pending += samples
+        sequence.fed = samples
+        return Work(
+            id=sequence.request.id,
+            epoch=sequence.epoch,
+            row=sequence.row,
+            start=start,
+            count=count,
+            token_ids=[] if fed else sequence.tokens[start : start + count],
+            first_page=first_page,
+            new_pages=sequence.pages[first_page:],
+            samples=samples,
+        )
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give a running sequence pages for `tokens`; preempts younger ones, or the sequence itself, if short."""
+        missing = pages_for(tokens) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        while (pages := self._pool.take(missing)) is None:
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.pages += pages
+        return True
+
+    def _admit(self) -> Sequence | None:
+        """Move the first waiting sequence to the running ones if its known tokens fit."""
+        if not self._waiting or not self._rows or self._waiting[0].pending:
+            return None  # a preempted sequence first gets the tokens that are still being sampled for it
+        sequence = self._waiting[0]
+        sequence.pages = self._cached_prefix(sequence)
+        if pages_for(len(sequence.tokens)) - len(sequence.pages) > self._pool.available:
+            self._pool.release(reversed(sequence.pages))
+            sequence.pages = []
+            return None
+        self._waiting.pop(0)
+        sequence.row = self._rows.pop()
+        sequence.published = len(sequence.pages)
+        sequence.computed = sequence.scheduled = sequence.published * PAGE_TOKENS
+        sequence.handed_over = 0
+        sequence.fed = False
+        if sequence.queued_s is None:
+            sequence.queued_s = self._clock() - sequence.arrived_s
+        insort(self._running, sequence, key=_key)
+        return sequence
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Full pages found in the prefix index; at least one token is left to compute."""
+        full = (len(sequence.tokens) - 1) // PAGE_TOKENS
+        keys = [sequence.key_of_page(i) for i in range(full)]
+        return self._pool.match(keys, [sequence.page_tokens(i) for i in range(full)], sequence.salt)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages and row; it waits, with its age, to be recomputed."""
+        self._stop_running(sequence)
+        sequence.epoch += 1
+        sequence.computed = sequence.scheduled = 0
+        insort(self._waiting, sequence, key=_key)
+
+    def _drop(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        if sequence.row >= 0:
+            self._stop_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._rows.append(sequence.row)
+        sequence.row = -1
+        self._pool.release(reversed(sequence.pages))
+        sequence.pages = []
+        sequence.published = 0
+
+    def _extend(self, sequence: Sequence, result: Sampled) -> TokenEvent:
+        taken = 0
+        finish = None
+        for token in result.token_ids:
+            sequence.tokens.append(token)
+            taken += 1
+            if token in sequence.request.stop_token_ids:
+                finish = FinishReason.EOS
+            elif sequence.generated >= sequence.request.max_new_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                break
+        return TokenEvent(
+            sequence.request.id,
+            result.token_ids[:taken],
+            result.logprobs[:taken],
+            finish,
+            queued_s=sequence.queued_s if sequence.generated == taken else None,
+        )
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Put pages that are full and computed into the prefix index."""
+        while sequence.row >= 0 and (sequence.published + 1) * PAGE_TOKENS <= sequence.computed:
+            index = sequence.published
+            key = sequence.key_of_page(index)
+            self._pool.publish(
+                sequence.pages[index], key, sequence.parent_of_page(index), sequence.page_tokens(index)
+            )
+            sequence.published += 1
+
+
+def _refusal(request: GenerationRequest, message: str) -> TokenEvent:
+    return TokenEvent(request.id, finish=FinishReason.REJECTED, error=message)

@@ -1,0 +1,74 @@
+"""The application: which handler answers which route."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from aiohttp import web
+
+from tgi_server.config import ServerConfig
+from tgi_server.engine.request import HONOURED as HONOURED_BY_ENGINE
+from tgi_server.http.chat import post_chat
+from tgi_server.http.completions import post_completions
+from tgi_server.http.generate import post_compat, post_generate, post_generate_stream
+from tgi_server.http.keys import Keys, check_key
+from tgi_server.http.middleware import echo_request_id, guard
+from tgi_server.http.ops import get_info, get_live, get_models, get_ready
+from tgi_server.http.platforms import post_invocations, post_vertex
+from tgi_server.http.state import CONFIG, ENGINE, HONOURED, PATIENCE, TEXT, VERSION, Engine, Patience
+from tgi_server.http.tokenize import post_chat_tokenize, post_detokenize, post_tokenize
+from tgi_server.text.text import Text
+
+
+def make_app(
+    config: ServerConfig,
+    engine: Engine,
+    text: Text,
+    *,
+    patience: Patience | None = None,
+    honoured: frozenset[str] = HONOURED_BY_ENGINE,
+) -> web.Application:
+    """Run it with `handler_cancellation=True`: a client that leaves must cancel its request.
+
+    honoured: the request fields the engine acts on; others are refused by name.
+    """
+    app = web.Application(
+        middlewares=[guard, check_key(Keys(config.api_keys, config.admin_keys))],
+        client_max_size=config.payload_limit_bytes,
+    )
+    app[CONFIG] = config
+    app[ENGINE] = engine
+    app[TEXT] = text
+    app[PATIENCE] = patience or Patience()
+    app[HONOURED] = honoured
+    app[VERSION] = _version()
+    app.on_response_prepare.append(echo_request_id)
+    app.router.add_routes(
+        [
+            web.post("/generate", post_generate),
+            web.post("/generate_stream", post_generate_stream),
+            web.post("/", post_compat),
+            web.post("/v1/chat/completions", post_chat),
+            web.post("/v1/completions", post_completions),
+            web.post("/tokenize", post_tokenize),
+            web.post("/detokenize", post_detokenize),
+            web.post("/chat_tokenize", post_chat_tokenize),
+            web.post("/invocations", post_invocations),
+            web.post("/vertex", post_vertex),
+            web.get("/v1/models", get_models),
+            web.get("/info", get_info),
+            web.get("/", get_ready),
+            web.get("/health", get_ready),
+            web.get("/ping", get_ready),
+            web.get("/readyz", get_ready),
+            web.get("/livez", get_live),
+        ]
+    )
+    return app
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tgi-server")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "unreleased"

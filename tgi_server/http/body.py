@@ -1,0 +1,40 @@
+"""Reading a request's body, from clients of any speed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from aiohttp import web
+
+from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.schema import Fields, parse_object
+from tgi_server.http.state import CONFIG, PATIENCE
+
+_SLOWEST_BYTES_PER_S = 1000
+
+
+async def read_fields(request: web.Request) -> Fields:
+    """The JSON object of the body. Raises UserError: UNPARSABLE, TOO_LARGE, or TIMEOUT for a drip."""
+    return Fields(parse_object(await _read_body(request)))
+
+
+async def _read_body(request: web.Request) -> bytes:
+    if request.content.is_eof():  # it came with the headers, as short ones do
+        return await request.read()
+    limit = request.app[CONFIG].payload_limit_bytes
+    began_s = time.monotonic()
+    body = bytearray()
+    while not request.content.at_eof():
+        allowed_s = request.app[PATIENCE].body_s + len(body) / _SLOWEST_BYTES_PER_S
+        left_s = began_s + allowed_s - time.monotonic()
+        try:
+            body += await asyncio.wait_for(request.content.readany(), max(left_s, 0.0))
+        except asyncio.TimeoutError:
+            raise UserError(
+                ErrorKind.TIMEOUT,
+                f"only {len(body)} bytes of the body came in {allowed_s:.0f} s; send it faster",
+            ) from None
+        if len(body) > limit:
+            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(body))
+    return bytes(body)

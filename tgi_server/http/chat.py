@@ -1,0 +1,210 @@
+"""OpenAI's `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+from aiohttp import web
+
+from tgi_server.errors import ErrorKind, Flavour, UserError
+from tgi_server.http.answers import json_response, sse_event
+from tgi_server.http.body import read_fields
+from tgi_server.http.choices import collect, generate_each
+from tgi_server.http.generation import Job, Piece
+from tgi_server.http.messages import read_messages
+from tgi_server.http.openai import (
+    DONE,
+    check_model,
+    read_stream_options,
+    refuse_unsupported,
+    token_text,
+    usage,
+)
+from tgi_server.http.parameters import MAX_OPENAI_TOP_TOKENS, Parameters, read_openai, refuse_unhonoured
+from tgi_server.http.prompt import encode, room_for_answer
+from tgi_server.http.schema import Fields, ignored_header
+from tgi_server.http.sse import stream_events
+from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT, VERSION
+from tgi_server.text.text import Text
+from tgi_server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Query:
+    """A body of `/v1/chat/completions`, checked."""
+
+    job: Job
+    model: str
+    stream: bool
+    include_usage: bool
+    token_ids: bool  # whether the answer lists the ids of prompt and answer
+    headers: Mapping[str, str]
+
+
+async def post_chat(request: web.Request) -> web.StreamResponse:
+    return await answer_chat(request, await read_fields(request))
+
+
+async def answer_chat(request: web.Request, fields: Fields) -> web.StreamResponse:
+    query = await read_query(request.app, fields)
+    if query.stream:
+        return await stream_events(request, _events(request, query), Flavour.OPENAI, query.headers)
+    text = request.app[TEXT]
+    answers = await collect(request.app[ENGINE], text, [query.job])
+    body = {
+        **_head(query, "chat.completion", request.app[VERSION]),
+        "choices": [_choice(query, index, answer, text.tokenizer) for index, answer in enumerate(answers)],
+        "usage": usage(len(query.job.prompt_ids), sum(map(len, answers))),
+    }
+    if query.token_ids:
+        body["prompt_token_ids"] = query.job.prompt_ids
+    return json_response(body, headers=query.headers)
+
+
+def render_chat(text: Text, fields: Fields) -> str:
+    """The prompt for a body's messages, by the model's template."""
+    messages = read_messages(fields)
+    if text.template is None:
+        raise UserError(
+            ErrorKind.INVALID,
+            "this model has no chat template; put a chat_template.jinja in its folder, or use /generate",
+            "messages",
+        )
+    final = messages[-1]
+    unfinished = final["role"] == "assistant" and not final.get("tool_calls")
+    continues = fields.flag("continue_final_message")
+    add_prompt = fields.flag("add_generation_prompt")
+    if continues and (add_prompt or not unfinished):
+        fields.refuse(
+            "continue_final_message", "needs a last message of the assistant and no add_generation_prompt"
+        )
+    if continues is None:  # as TGI: an answer begun is gone on with
+        continues = unfinished and add_prompt is None
+    return text.template.render(
+        messages,
+        add_generation_prompt=add_prompt is not False,
+        continue_final_message=continues,
+        extra=_template_variables(fields),
+    )
+
+
+async def read_query(app: web.Application, fields: Fields) -> Query:
+    config, text = app[CONFIG], app[TEXT]
+    model = check_model(config, fields)
+    refuse_unsupported(fields)
+    parameters = _parameters(fields, app[HONOURED], text.vocab_size)
+    stream = fields.flag("stream") is True
+    include_usage = read_stream_options(fields, stream=stream)
+    prompt = render_chat(text, fields)
+    ids = await encode(text, config, prompt, "messages", add_special_tokens=False)
+    limit_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
+    room = room_for_answer(config, len(ids), parameters.max_new_tokens, "messages", limit_field)
+    return Query(
+        job=Job(ids, room, parameters),
+        model=model,
+        stream=stream,
+        include_usage=include_usage,
+        token_ids=fields.flag("return_token_ids") is True,
+        headers=ignored_header(fields.ignored()),
+    )
+
+
+def _parameters(fields: Fields, honoured: frozenset[str], vocab_size: int) -> Parameters:
+    logprobs = fields.flag("logprobs") is True
+    top = fields.integer("top_logprobs", 0, MAX_OPENAI_TOP_TOKENS) or 0
+    if top and not logprobs:
+        fields.refuse("top_logprobs", f"is {top}, but logprobs is not true; set it, or leave both out")
+    if top:
+        refuse_unhonoured(fields, "top_logprobs", "top_logprobs", honoured)
+    return replace(read_openai(fields, honoured, vocab_size), logprobs=logprobs, top_logprobs=top)
+
+
+def _template_variables(fields: Fields) -> Mapping[str, object]:
+    """Variables for the template; none may take the place of one the server sets."""
+    child = fields.child("chat_template_kwargs")
+    variables = {} if child is None else {name: child.raw(name) for name in child.names()}
+    for name in ("messages", "tools", "documents", "add_generation_prompt", "tokenize"):
+        if child is not None and name in variables:
+            child.refuse(name, "is set by the server; leave it out")
+    return variables
+
+
+def _head(query: Query, kind: str, version: str) -> dict[str, object]:
+    return {
+        "id": f"chatcmpl-{uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": query.model,
+        "system_fingerprint": f"{version}-native",
+    }
+
+
+def _choice(query: Query, index: int, answer: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, object]:
+    finish = answer[-1].finish
+    choice: dict[str, object] = {
+        "index": index,
+        "message": {"role": "assistant", "content": "".join(piece.shown for piece in answer)},
+        "logprobs": _logprobs(answer, tokenizer) if query.job.parameters.logprobs else None,
+        "finish_reason": finish.openai if finish else None,
+    }
+    if query.token_ids:
+        choice["token_ids"] = [piece.token_id for piece in answer]
+    return choice
+
+
+async def _events(request: web.Request, query: Query) -> AsyncGenerator[bytes, None]:
+    """A first chunk with the role, chunks of text as it becomes certain, and a last one with the reason."""
+    text = request.app[TEXT]
+    head = {**_head(query, "chat.completion.chunk", request.app[VERSION]), "choices": [], "usage": None}
+    waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
+    count = 0
+    async with aclosing(generate_each(request.app[ENGINE], text, [query.job])) as pieces:
+        async for index, piece in pieces:
+            count += 1
+            if index not in waiting:
+                waiting[index] = []
+                yield _chunk(head, index, {"role": "assistant", "content": ""})
+            waiting[index].append(piece)
+            if piece.shown or (piece.finish and query.job.parameters.logprobs):
+                logprobs = None
+                if query.job.parameters.logprobs:
+                    logprobs = _logprobs(waiting[index], text.tokenizer)
+                waiting[index] = []
+                yield _chunk(head, index, {"content": piece.shown}, logprobs)
+            if piece.finish is not None:
+                yield _chunk(head, index, {}, finish=piece.finish.openai)
+    if query.include_usage:
+        yield sse_event({**head, "usage": usage(len(query.job.prompt_ids), count)})
+    yield DONE
+
+
+def _chunk(
+    head: Mapping[str, object],
+    index: int,
+    delta: Mapping[str, object],
+    logprobs: object = None,
+    finish: str | None = None,
+) -> bytes:
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    return sse_event({**head, "choices": [choice]})
+
+
+def _logprobs(pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, object]:
+    def entry(token_id: int, logprob: float) -> dict[str, object]:
+        data = list(tokenizer.token_bytes(token_id))
+        return {"token": token_text(tokenizer, token_id), "logprob": logprob, "bytes": data}
+
+    return {
+        "content": [
+            {
+                **entry(piece.token_id, piece.logprob),
+                "top_logprobs": [entry(token_id, logprob) for token_id, logprob in piece.top],
+            }
+            for piece in pieces
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,280 @@
+"""OpenAI's `/v1/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from uuid import uuid4
+
+from aiohttp import web
+
+from tgi_server.errors import Flavour
+from tgi_server.http.answers import json_response, sse_event
+from tgi_server.http.body import read_fields
+from tgi_server.http.choices import collect, generate_each
+from tgi_server.http.generation import Finish, Job, Piece
+from tgi_server.http.openai import (
+    DONE,
+    check_model,
+    read_stream_options,
+    refuse_unsupported,
+    token_text,
+    usage,
+)
+from tgi_server.http.parameters import (
+    MAX_CHOICES,
+    MAX_OPENAI_TOP_TOKENS,
+    Parameters,
+    read_openai,
+    refuse_unhonoured,
+)
+from tgi_server.http.prompt import check_ids, encode, room_for_answer
+from tgi_server.http.schema import Fields, ignored_header, invalid
+from tgi_server.http.sse import stream_events
+from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT, VERSION
+from tgi_server.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class _Query:
+    """A body of `/v1/completions`, checked. The answers of job j are numbered from j * choices on."""
+
+    jobs: list[Job]
+    prompts: list[str]  # as text, for `echo`
+    choices: int  # answers to give of each prompt; `best_of` may generate more
+    model: str
+    stream: bool
+    include_usage: bool
+    echo: bool
+    prompt_only: bool  # `max_tokens: 0`: the answer is the prompt and its logprobs
+    token_ids: bool
+    headers: Mapping[str, str]
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.jobs[0].parameters
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(job.prompt_ids) for job in self.jobs)
+
+
+async def post_completions(request: web.Request) -> web.StreamResponse:
+    return await answer_completions(request, await read_fields(request))
+
+
+async def answer_completions(request: web.Request, fields: Fields) -> web.StreamResponse:
+    query = await _read(request.app, fields)
+    if query.stream:
+        return await stream_events(request, _events(request, query), Flavour.OPENAI, query.headers)
+    text = request.app[TEXT]
+    answers = await collect(request.app[ENGINE], text, query.jobs)
+    generated = 0 if query.prompt_only else sum(map(len, answers))
+    body = {
+        **_head(query, request.app[VERSION]),
+        "choices": [
+            _choice(query, index, job, answer, text.tokenizer)
+            for index, (job, answer) in enumerate(_best(query, answers))
+        ],
+        "usage": usage(query.prompt_tokens, generated),
+    }
+    return json_response(body, headers=query.headers)
+
+
+async def _read(app: web.Application, fields: Fields) -> _Query:
+    config, text = app[CONFIG], app[TEXT]
+    model = check_model(config, fields)
+    refuse_unsupported(fields)
+    echo = fields.flag("echo") is True
+    parameters = read_openai(fields, app[HONOURED], text.vocab_size, least_tokens=0 if echo else 1)
+    choices = parameters.choices
+    stream = fields.flag("stream") is True
+    include_usage = read_stream_options(fields, stream=stream)
+    parameters = _logprobs_asked(fields, parameters, app[HONOURED], echo=echo)
+    parameters = replace(parameters, choices=_best_of(fields, parameters, app[HONOURED], stream=stream))
+    if echo and stream:
+        fields.refuse("echo", "cannot be used in a stream; leave it out")
+    special = fields.flag("add_special_tokens") is not False
+    jobs, prompts = [], []
+    for prompt, path in _prompts(fields):
+        if isinstance(prompt, str):
+            ids = await encode(text, config, prompt, path, add_special_tokens=special)
+        else:
+            ids = check_ids(text, prompt, path)
+        room = room_for_answer(config, len(ids), parameters.max_new_tokens or None, path, "max_tokens")
+        jobs.append(Job(ids, 1 if parameters.max_new_tokens == 0 else room, parameters))
+        prompts.append(prompt if isinstance(prompt, str) else text.tokenizer.decode(ids))
+    return _Query(
+        jobs=jobs,
+        prompts=prompts,
+        choices=choices,
+        model=model,
+        stream=stream,
+        include_usage=include_usage,
+        echo=echo,
+        prompt_only=parameters.max_new_tokens == 0,
+        token_ids=fields.flag("return_token_ids") is True,
+        headers=ignored_header(fields.ignored()),
+    )
+
+
+def _prompts(fields: Fields) -> list[tuple[str | list[object], str]]:
+    """One text, one list of token ids, or an array of either; each with the path to name it by."""
+    value = fields.raw("prompt")
+    if isinstance(value, str):
+        return [(value, "prompt")]
+    if not isinstance(value, list) or not value:
+        fields.refuse(
+            "prompt", "is missing or empty; give a string, an array of token ids, or an array of those"
+        )
+    if all(isinstance(entry, (int, float)) for entry in value):
+        return [(value, "prompt")]
+    fields.items("prompt", MAX_PROMPTS)
+    prompts: list[tuple[str | list[object], str]] = []
+    for i, entry in enumerate(value):
+        if not isinstance(entry, (str, list)):
+            invalid(f"prompt[{i}]", "is neither a string nor an array of token ids")
+        prompts.append((entry, f"prompt[{i}]"))
+    return prompts
+
+
+def _logprobs_asked(
+    fields: Fields, parameters: Parameters, honoured: frozenset[str], *, echo: bool
+) -> Parameters:
+    """`logprobs` is how many of the likeliest tokens to list; with `echo`, for the prompt's tokens too."""
+    top = fields.integer("logprobs", 0, MAX_OPENAI_TOP_TOKENS)
+    if top is None:
+        return parameters
+    if top:
+        refuse_unhonoured(fields, "logprobs", "top_logprobs", honoured)
+    if echo:
+        refuse_unhonoured(fields, "logprobs", "prompt_logprobs", honoured)
+    return replace(parameters, logprobs=True, top_logprobs=top, prompt_logprobs=echo)
+
+
+def _best_of(fields: Fields, parameters: Parameters, honoured: frozenset[str], *, stream: bool) -> int:
+    """How many answers to generate so that the likeliest `n` can be given."""
+    best_of = fields.integer("best_of", 1, MAX_CHOICES)
+    if best_of is None or best_of == parameters.choices:
+        return parameters.choices
+    refuse_unhonoured(fields, "best_of", "choice", honoured)
+    if best_of < parameters.choices:
+        fields.refuse("best_of", f"is {best_of}, less than n {parameters.choices}")
+    if stream or parameters.greedy:
+        fields.refuse("best_of", "needs sampling and no stream; leave it out")
+    return best_of
+
+
+def _best(query: _Query, answers: Sequence[Sequence[Piece]]) -> list[tuple[int, Sequence[Piece]]]:
+    """(job, answer) of the answers to give: all, or of each prompt the likeliest by mean logprob."""
+    made = query.parameters.choices
+    given = []
+    for job in range(len(query.jobs)):
+        own = answers[job * made : (job + 1) * made]
+        if made > query.choices:
+            own = sorted(own, key=lambda answer: -sum(piece.logprob for piece in answer) / len(answer))
+        given += [(job, answer) for answer in own[: query.choices]]
+    return given
+
+
+def _head(query: _Query, version: str) -> dict[str, object]:
+    return {
+        "id": f"cmpl-{uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": query.model,
+        "system_fingerprint": f"{version}-native",
+    }
+
+
+def _choice(
+    query: _Query, index: int, job: int, answer: Sequence[Piece], tokenizer: Tokenizer
+) -> dict[str, object]:
+    pieces = [] if query.prompt_only else answer
+    finish = Finish.LENGTH if query.prompt_only else answer[-1].finish
+    text = "".join(piece.shown for piece in pieces)
+    logprobs = None
+    if query.parameters.logprobs:
+        entries = _prompt_entries(query.jobs[job], answer[0]) if query.echo else []
+        logprobs = _logprobs([*entries, *map(_entry, pieces)], query.parameters.top_logprobs, tokenizer)
+    choice: dict[str, object] = {
+        "index": index,
+        "text": query.prompts[job] + text if query.echo else text,
+        "logprobs": logprobs,
+        "finish_reason": finish.openai if finish else None,
+    }
+    if query.token_ids:
+        choice["prompt_token_ids"] = query.jobs[job].prompt_ids
+        choice["token_ids"] = [piece.token_id for piece in pieces]
+    return choice
+
+
+async def _events(request: web.Request, query: _Query) -> AsyncGenerator[bytes, None]:
+    """Chunks of text as it becomes certain; each answer's last has the reason it ended."""
+    text = request.app[TEXT]
+    head = {**_head(query, request.app[VERSION]), "choices": [], "usage": None}
+    waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
+    offsets: dict[int, int] = {}
+    count = 0
+    async with aclosing(generate_each(request.app[ENGINE], text, query.jobs)) as pieces:
+        async for index, piece in pieces:
+            count += 1
+            held = waiting.setdefault(index, [])
+            held.append(piece)
+            if not piece.shown and piece.finish is None:
+                continue
+            choice: dict[str, object] = {
+                "index": index,
+                "text": piece.shown,
+                "logprobs": None,
+                "finish_reason": piece.finish.openai if piece.finish else None,
+            }
+            if query.parameters.logprobs:
+                entries = [_entry(one) for one in held]
+                top = query.parameters.top_logprobs
+                choice["logprobs"] = _logprobs(entries, top, text.tokenizer, offsets.get(index, 0))
+            if query.token_ids:
+                choice["token_ids"] = [one.token_id for one in held]
+            offsets[index] = offsets.get(index, 0) + len(piece.shown)
+            waiting[index] = []
+            yield sse_event({**head, "choices": [choice]})
+    if query.include_usage:
+        yield sse_event({**head, "usage": usage(query.prompt_tokens, count)})
+    yield DONE
+
+
+_Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token id, its logprob, the likeliest instead
+
+
+def _entry(piece: Piece) -> _Entry:
+    return piece.token_id, piece.logprob, piece.top
+
+
+def _prompt_entries(job: Job, first: Piece) -> list[_Entry]:
+    """The first token of a prompt follows nothing, so that it has no probability."""
+    top = first.prompt_top or [()] * len(first.prompt_logprobs)
+    rest = zip(job.prompt_ids[1:], first.prompt_logprobs, top, strict=True)
+    return [(job.prompt_ids[0], None, ()), *rest]
+
+
+def _logprobs(
+    entries: Sequence[_Entry], top_logprobs: int, tokenizer: Tokenizer, offset: int = 0
+) -> dict[str, object]:
+    """OpenAI's older shape: parallel arrays. Offsets count characters of the tokens' own texts."""
+    tokens = [token_text(tokenizer, token_id) for token_id, _, _ in entries]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [logprob for _, logprob, _ in entries],
+        "top_logprobs": [
+            {token_text(tokenizer, token_id): logprob for token_id, logprob in top} if top else None
+            for _, _, top in entries
+        ]
+        if top_logprobs
+        else None,
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
+    }

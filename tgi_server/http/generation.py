@@ -1,0 +1,119 @@
+"""The one path from a request to its answer's pieces, whatever the flavour of the API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import Enum
+from uuid import uuid4
+
+import msgspec
+
+from tgi_server.engine.request import FinishReason, GenerationRequest
+from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.parameters import Parameters
+from tgi_server.http.state import Engine
+from tgi_server.text.incremental import CONTEXT_TOKENS, incremental_decoder
+from tgi_server.text.stop import StopMatcher
+from tgi_server.text.text import Text
+
+
+class Finish(Enum):
+    """Why an answer ended; the value is TGI's word for it."""
+
+    LENGTH = "length"
+    EOS = "eos_token"
+    STOP = "stop_sequence"
+
+    @property
+    def openai(self) -> str:
+        return "length" if self is Finish.LENGTH else "stop"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt and how to answer it."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    parameters: Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of an answer, and the text that may be shown once it is known."""
+
+    token_id: int
+    text: str  # the token's own text: empty inside a character, a special token as the vocabulary spells it
+    special: bool
+    logprob: float
+    shown: str  # text of the answer, stop strings taken into account; joined, this is the answer
+    top: Sequence[tuple[int, float]] = ()
+    finish: Finish | None = None
+    prompt_logprobs: Sequence[float] = ()  # with the first piece
+    prompt_top: Sequence[Sequence[tuple[int, float]]] = ()  # with the first piece
+    queued_s: float | None = None  # with the first piece
+
+
+def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
+    """What the engine gets to see of a job, for the answer with number `choice`."""
+    parameters = job.parameters
+    eos = () if parameters.ignore_eos else text.eos_token_ids
+    sampling = parameters.sampling
+    return GenerationRequest(
+        id=uuid4().hex,
+        prompt_ids=job.prompt_ids,
+        max_new_tokens=job.max_new_tokens,
+        min_new_tokens=parameters.min_new_tokens,
+        stop_token_ids=sorted({*eos, *parameters.stop_token_ids}),
+        sampling=msgspec.structs.replace(sampling, choice=choice) if choice else sampling,
+        top_logprobs=parameters.top_logprobs,
+        prompt_logprobs=parameters.prompt_logprobs,
+    )
+
+
+async def generate(engine: Engine, text: Text, job: Job, choice: int = 0) -> AsyncGenerator[Piece, None]:
+    """The pieces of one answer; the last has `finish`. Closing the generator cancels.
+
+    Raises UserError as the engine does, or INCOMPLETE if it stops without a reason.
+    """
+    tokenizer = text.tokenizer
+    decoder = incremental_decoder(tokenizer, job.prompt_ids[-CONTEXT_TOKENS:])
+    matcher = StopMatcher(job.parameters.stops, keep=job.parameters.keep_stop)
+    count = 0
+    async with aclosing(engine.submit(make_request(job, text, choice))) as events:
+        async for event in events:
+            last = len(event.token_ids) - 1
+            for i, token_id in enumerate(event.token_ids):
+                count += 1
+                special = token_id in tokenizer.special_ids
+                grown = decoder.push(token_id)
+                ended = event.finish if i == last else None
+                if ended is not None:
+                    grown += decoder.flush()
+                shown, stopped = (
+                    matcher.push(grown) if count >= job.parameters.min_new_tokens else (grown, False)
+                )
+                finish = Finish.STOP if stopped else _finish_of(ended)
+                if finish is not None and not stopped:
+                    shown += matcher.flush()
+                yield Piece(
+                    token_id=token_id,
+                    text=(tokenizer.token(token_id) or "") if special else grown,
+                    special=special,
+                    logprob=event.logprobs[i],
+                    shown=shown,
+                    top=event.top[i] if event.top else (),
+                    finish=finish,
+                    prompt_logprobs=event.prompt_logprobs,
+                    prompt_top=event.prompt_top,
+                    queued_s=event.queued_s,
+                )
+                if finish is not None:
+                    return
+    raise UserError(ErrorKind.INCOMPLETE, "the engine ended this answer without a reason")
+
+
+def _finish_of(reason: FinishReason | None) -> Finish | None:
+    return {FinishReason.LENGTH: Finish.LENGTH, FinishReason.EOS: Finish.EOS}.get(reason) if reason else None

@@ -1,0 +1,72 @@
+"""For operators and their probes: health, readiness, what is served."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from tgi_server.http.answers import json_response
+from tgi_server.http.parameters import MAX_BEST_OF, MAX_TGI_STOPS
+from tgi_server.http.state import CONFIG, ENGINE, VERSION, Engine
+
+_READY_HEARTBEAT_S = 5.0
+_LIVE_HEARTBEAT_S = 30.0  # a step may be slow; one that takes this long will not end
+
+
+async def get_ready(request: web.Request) -> web.Response:
+    """200 if a request sent now would be answered, else 503 and why not."""
+    return _verdict(_why_not_ready(request.app[ENGINE]))
+
+
+async def get_live(request: web.Request) -> web.Response:
+    """503 if only a restart can help: the engine is gone, or has not moved for half a minute."""
+    engine = request.app[ENGINE]
+    if not engine.alive:
+        return _verdict(_why_not_ready(engine))
+    age_s = engine.heartbeat_age_s()
+    stuck = engine.status.phase == "ready" and age_s > _LIVE_HEARTBEAT_S
+    return _verdict(f"the engine has been silent for {age_s:.1f} s" if stuck else None)
+
+
+async def get_info(request: web.Request) -> web.Response:
+    config = request.app[CONFIG]
+    return json_response(
+        {
+            "model_id": config.model_id,
+            "model_sha": None,
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": config.max_queue,
+            "max_best_of": MAX_BEST_OF,
+            "max_stop_sequences": MAX_TGI_STOPS,
+            "max_input_tokens": config.max_total_tokens - 1,
+            "max_total_tokens": config.max_total_tokens,
+            "validation_workers": 1,
+            "max_client_batch_size": 4,
+            "router": "tgi-server",
+            "version": request.app[VERSION],
+            "sha": None,
+            "docker_label": None,
+            "engine": msgspec.structs.asdict(request.app[ENGINE].status),
+        }
+    )
+
+
+async def get_models(request: web.Request) -> web.Response:
+    config = request.app[CONFIG]
+    model = {"id": config.model_id, "object": "model", "created": 0, "owned_by": config.model_id}
+    return json_response({"object": "list", "data": [model]})
+
+
+def _why_not_ready(engine: Engine) -> str | None:
+    status = engine.status
+    if not engine.alive or status.phase != "ready":
+        phase = status.phase if engine.alive or status.phase != "ready" else "gone"
+        return f"the engine is {phase}" + (f": {status.detail}" if status.detail else "")
+    age_s = engine.heartbeat_age_s()
+    return f"the engine has been silent for {age_s:.1f} s" if age_s >= _READY_HEARTBEAT_S else None
+
+
+def _verdict(trouble: str | None) -> web.Response:
+    if trouble is None:
+        return web.Response()
+    return json_response({"error": trouble, "error_type": "healthcheck"}, status=503)

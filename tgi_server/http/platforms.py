@@ -1,0 +1,59 @@
+"""Cloud platforms' routes, which wrap the others: SageMaker's `/invocations` and Vertex AI's `/vertex`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from tgi_server.errors import ErrorKind, Flavour, UserError
+from tgi_server.http import chat, generate
+from tgi_server.http.answers import json_response
+from tgi_server.http.body import read_fields
+from tgi_server.http.choices import collect
+from tgi_server.http.completions import answer_completions
+from tgi_server.http.schema import Fields, check_object
+from tgi_server.http.state import ENGINE, FLAVOUR, TEXT
+
+_MAX_INSTANCES = 16
+
+
+async def post_invocations(request: web.Request) -> web.StreamResponse:
+    """Whichever request the body is: TGI's by `inputs`, a chat by `messages`, a completion by `prompt`."""
+    fields = await read_fields(request)
+    if fields.has("inputs"):
+        return await generate.answer_compat(request, fields)
+    request[FLAVOUR] = Flavour.OPENAI
+    if fields.has("messages"):
+        return await chat.answer_chat(request, fields)
+    if fields.has("prompt"):
+        return await answer_completions(request, fields)
+    request[FLAVOUR] = Flavour.TGI
+    raise UserError(ErrorKind.INVALID, "the body needs one of inputs, messages and prompt", "inputs")
+
+
+async def post_vertex(request: web.Request) -> web.Response:
+    """`instances`, each TGI's request or a chat, to `predictions`, their texts in the same order."""
+    fields = await read_fields(request)
+    entries = fields.items("instances", _MAX_INSTANCES)
+    if not entries:
+        fields.refuse("instances", "is missing or empty; give an array of requests")
+    instances = [
+        Fields(check_object(entry, f"instances[{i}]"), f"instances[{i}]") for i, entry in enumerate(entries)
+    ]
+    tasks = [asyncio.create_task(_predict(request.app, instance)) for instance in instances]
+    try:
+        predictions = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return json_response({"predictions": predictions})
+
+
+async def _predict(app: web.Application, instance: Fields) -> str:
+    if instance.has("inputs"):
+        job = (await generate.read_query(app, instance)).job
+    else:
+        job = (await chat.read_query(app, instance)).job
+    answers = await collect(app[ENGINE], app[TEXT], [job])
+    return "".join(piece.shown for piece in answers[0])

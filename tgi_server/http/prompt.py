@@ -1,0 +1,82 @@
+"""Prompts: from what a client sent to token ids that fit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from tgi_server.config import ServerConfig
+from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.schema import check_integer, invalid
+from tgi_server.text.text import Text
+
+# Encoding costs about a microsecond per character: longer texts go to a thread, so that streams keep flowing.
+_INLINE_CHARS = 2000
+
+
+async def encode(
+    text: Text, config: ServerConfig, prompt: str, field: str, *, add_special_tokens: bool, cut: bool = False
+) -> list[int]:
+    """Token ids of `prompt`, at least one. Raises UserError (INVALID) naming `field`.
+
+    cut: the caller will shorten the prompt, so it may be longer than the context.
+    """
+    if not cut:
+        check_length(text, config, prompt, field)
+    if len(prompt) <= _INLINE_CHARS:
+        ids = text.tokenizer.encode_batch([prompt], add_special_tokens=add_special_tokens)[0]
+    else:
+        batches = await asyncio.to_thread(
+            text.tokenizer.encode_batch, [prompt], add_special_tokens=add_special_tokens
+        )
+        ids = batches[0]
+    if not ids:
+        invalid(field, "is empty; give a text of at least one token")
+    if max(ids) >= text.vocab_size:
+        invalid(field, f"has token {max(ids)}, but the model's vocabulary ends at {text.vocab_size - 1}")
+    return ids
+
+
+def check_length(text: Text, config: ServerConfig, prompt: str, field: str) -> None:
+    """Refuse, before encoding it, a text of more characters than the context's tokens can hold."""
+    # No token is longer than the longest, so this refuses nothing that could fit.
+    most_chars = config.max_total_tokens * text.tokenizer.longest_token_chars
+    if len(prompt) > most_chars:
+        invalid(
+            field,
+            f"has {len(prompt)} characters; {config.max_total_tokens} tokens, the most prompt and answer may "
+            f"have together, hold at most {most_chars}",
+        )
+
+
+def check_ids(text: Text, ids: Sequence[object], field: str) -> list[int]:
+    """Token ids a client sent instead of a text."""
+    if not ids:
+        invalid(field, "is empty; give at least one token id")
+    return [
+        check_integer(token_id, f"{field}[{i}]", 0, text.vocab_size - 1) for i, token_id in enumerate(ids)
+    ]
+
+
+def room_for_answer(
+    config: ServerConfig, prompt_tokens: int, max_new_tokens: int | None, prompt_field: str, limit_field: str
+) -> int:
+    """How many tokens the answer may have: as asked, or all that is left. Never cuts anything silently."""
+    total = config.max_total_tokens
+    if prompt_tokens >= total:
+        raise UserError(
+            ErrorKind.INVALID,
+            f"{prompt_field} has {prompt_tokens} tokens, but prompt and answer together may have "
+            f"{total}; shorten it to {total - 1} at most",
+            prompt_field,
+        )
+    room = total - prompt_tokens
+    if max_new_tokens is not None and max_new_tokens > room:
+        raise UserError(
+            ErrorKind.INVALID,
+            f"{limit_field} is {max_new_tokens} and {prompt_field} has {prompt_tokens} tokens, "
+            f"{prompt_tokens + max_new_tokens} together, but at most {total} are allowed; "
+            f"ask for {room} or fewer, or shorten the prompt",
+            limit_field,
+        )
+    return room if max_new_tokens is None else max_new_tokens

@@ -1,0 +1,71 @@
+"""Text to tokens and back, for clients that count: `/tokenize`, `/detokenize`, `/chat_tokenize`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from tgi_server.http.answers import json_response
+from tgi_server.http.body import read_fields
+from tgi_server.http.chat import render_chat
+from tgi_server.http.openai import check_model
+from tgi_server.http.prompt import check_ids, check_length
+from tgi_server.http.schema import ignored_header
+from tgi_server.http.state import CONFIG, TEXT
+
+_MAX_IDS = 1_000_000
+
+
+async def post_tokenize(request: web.Request) -> web.Response:
+    """TGI's: a `/generate` body in, an array of tokens out. The parameters change nothing."""
+    fields = await read_fields(request)
+    fields.raw("parameters")
+    special = fields.flag("add_special_tokens") is not False
+    prompt = fields.text("inputs")
+    if prompt is None:
+        fields.refuse("inputs", "is missing; give the text to tokenize")
+    tokens = await _tokens(request.app, prompt, "inputs", add_special_tokens=special)
+    return json_response(tokens, headers=ignored_header(fields.ignored()))
+
+
+async def post_detokenize(request: web.Request) -> web.Response:
+    """Token ids in `tokens`, their text out as `prompt`, special tokens included."""
+    fields = await read_fields(request)
+    check_model(request.app[CONFIG], fields)
+    text = request.app[TEXT]
+    ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens")
+    prompt = await asyncio.to_thread(text.tokenizer.decode, ids, skip_special_tokens=False)
+    return json_response({"prompt": prompt}, headers=ignored_header(fields.ignored()))
+
+
+async def post_chat_tokenize(request: web.Request) -> web.Response:
+    """A chat's prompt as the model will see it, and its tokens; other fields change nothing."""
+    fields = await read_fields(request)
+    check_model(request.app[CONFIG], fields)
+    prompt = render_chat(request.app[TEXT], fields)
+    tokens = await _tokens(request.app, prompt, "messages", add_special_tokens=False)
+    return json_response({"tokenize_response": tokens, "templated_text": prompt})
+
+
+async def _tokens(
+    app: web.Application, prompt: str, field: str, *, add_special_tokens: bool
+) -> list[dict[str, object]]:
+    text = app[TEXT]
+    check_length(text, app[CONFIG], prompt, field)
+    ids, offsets = await asyncio.to_thread(
+        text.tokenizer.encode_with_offsets, prompt, add_special_tokens=add_special_tokens
+    )
+    return _describe(prompt, ids, offsets)
+
+
+def _describe(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[dict[str, object]]:
+    """TGI counts `start` and `stop` in bytes of the text's UTF-8."""
+    byte_at = [0]
+    for char in prompt:
+        byte_at.append(byte_at[-1] + len(char.encode()))
+    return [
+        {"id": token_id, "text": prompt[start:stop], "start": byte_at[start], "stop": byte_at[stop]}
+        for token_id, (start, stop) in zip(ids, offsets, strict=True)
+    ]

@@ -1,0 +1,118 @@
+"""The connection below the application: limits on what clients may send, and clients that hang up halfway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from aiohttp import HttpVersion11, web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from tgi_server.http.answers import json_response
+
+log = logging.getLogger(__name__)
+
+_MAX_LINE_BYTES = 8190
+_MAX_FIELD_BYTES = 16384  # not the same as a line's, so that an error tells which it was
+_MAX_HEADERS = 100
+_IDLE_S = 75.0  # for the next request, or all of its headers; load balancers keep theirs for 60 s
+_LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client can read the answer
+
+_COMMENT = b":\n\n"
+_PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+_PROBES_AFTER_S = (0.01, 0.02, 0.1, 1.0)  # the first also lets a request that came with the end get started
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """Runs the application so that a client that leaves cancels its request."""
+    return _Runner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,  # the guard refuses compressed bodies: a small one may hold gigabytes
+        keepalive_timeout=_IDLE_S,
+        lingering_time=_LINGER_S,
+        max_line_size=_MAX_LINE_BYTES,
+        max_field_size=_MAX_FIELD_BYTES,
+        max_headers=_MAX_HEADERS,
+    )
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=made.handler_cancellation,
+            **made._kwargs,
+        )
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    """Answers malformed requests in JSON, and those whose client has shut down its sending side.
+
+    A client that closed its connection looks just like one that only has nothing more to say, until something
+    is written to it: then the first answers with a reset. So something harmless is written.
+    """
+
+    _probing: asyncio.Task[None] | None = None
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio keeps the transport if it is true
+        idle = self._waiter is not None and not self._waiter.done()
+        if idle or self.ssl_context is not None:  # TLS has no half-closed connections
+            return None
+        self._probing = asyncio.create_task(self._probe())
+        return True
+
+    async def _probe(self) -> None:
+        """Keep an answer going as long as there may be somebody to read it."""
+        await asyncio.sleep(_PROBES_AFTER_S[0])
+        request = self._current_request
+        if request is None or not request.content.is_eof() or request.version < HttpVersion11:
+            self.force_close()
+            return
+        if not self._messages:
+            self.close()  # after this answer
+        for pause_s in _PROBES_AFTER_S:
+            if self.transport is None or self._current_request is not request:
+                return
+            if request.writer.output_size == 0:
+                self.transport.write(_PROCESSING)
+            else:  # only event streams write before their handler returns
+                with suppress(ConnectionError):
+                    await request.writer.write(_COMMENT)
+            await asyncio.sleep(pause_s)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What the parser refuses is the client's fault: an answer, one line in the log, no traceback."""
+        if not isinstance(exc, BadHttpMessage):
+            return super().handle_error(request, status, exc, message)
+        status, reason = _verdict(exc)
+        log.info("malformed request: %d %s", status, reason)
+        response = json_response({"error": reason, "error_type": "validation"}, status=status)
+        response.force_close()
+        return response
+
+
+def _verdict(error: BadHttpMessage) -> tuple[int, str]:
+    if isinstance(error, LineTooLong):
+        if _MAX_LINE_BYTES in error.args:
+            return 414, f"the request's address has more than {_MAX_LINE_BYTES} bytes, the most allowed"
+        return 431, f"a header has more than {_MAX_FIELD_BYTES} bytes, the most allowed"
+    if error.message.startswith("Too many headers"):
+        return 431, f"there are more than {_MAX_HEADERS} headers, the most allowed"
+    return 400, "this is not a valid HTTP request"

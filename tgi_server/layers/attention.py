@@ -1,0 +1,86 @@
+"""The attention half of a block over a paged cache."""
+
+from __future__ import annotations
+
+from tgi_kernels.attention import attention
+from tgi_kernels.rope import rotary_kv_write
+from torch import Tensor, nn
+
+from tgi_server.config import ModelConfig
+from tgi_server.layers.batch import Batch
+from tgi_server.layers.cache import CacheSpec
+from tgi_server.layers.linear import Linear
+from tgi_server.layers.weights import Weights
+
+
+class HeadNorms(nn.Module):
+    """RMS norms over head_dim that some models apply to every q and k head before the rotary embedding."""
+
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+        super().__init__()
+        self.q = weights.at("q_norm").parameter("weight", config.head_dim)
+        self.k = weights.at("k_norm").parameter("weight", config.head_dim)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary embedding. `window`: how many tokens one sees, itself included; 0 is all.
+
+    `cos_sin` is the rotary table of `layers.rope`; layers share it.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        cos_sin: Tensor,
+        *,
+        window: int = 0,
+        head_norms: HeadNorms | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        outs = [q_size, kv_size, kv_size]
+        self.qkv = Linear(weights, ["q_proj", "k_proj", "v_proj"], config.hidden_size, outs)
+        self.o = Linear(weights, ["o_proj"], q_size, [config.hidden_size])
+        self.cos_sin = cos_sin
+        self.window = window
+        self.head_norms = head_norms
+        self.eps = config.norm_eps
+        self.cache_spec = CacheSpec("pages", self.num_kv_heads, self.head_dim)
+
+    def forward(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """x: [tokens, hidden]; kv_pages: this layer's [pages, 2, kv_heads, 16, head_dim], written to.
+
+        Returns [tokens, hidden].
+        """
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = self.qkv(x).unflatten(1, (-1, self.head_dim)).split(heads, dim=1)
+        norms = self.head_norms
+        rotary_kv_write(
+            q,
+            k,
+            v,
+            kv_pages,
+            self.cos_sin,
+            batch.positions[0],
+            batch.slots,
+            q_norm=norms.q if norms else None,
+            k_norm=norms.k if norms else None,
+            eps=self.eps,
+        )
+        out = attention(
+            q,
+            kv_pages,
+            batch.page_table,
+            batch.query_starts,
+            batch.kv_lens,
+            self.head_dim**-0.5,
+            window=self.window,
+        )
+        update: Tensor = self.o(out.flatten(1))
+        return update

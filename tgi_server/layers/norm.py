@@ -1,0 +1,25 @@
+"""Root-mean-square normalisation. Zhang and Sennrich 2019, arXiv:1910.07467."""
+
+from __future__ import annotations
+
+from tgi_kernels.norm import add_rms_norm, rms_norm
+from torch import Tensor, nn
+
+from tgi_server.layers.weights import Weights
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight over the last axis."""
+
+    def __init__(self, weights: Weights, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = weights.parameter("weight", size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, size]. Returns a new tensor of that shape."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add x to `residual` in place and return the norm of the sum. Both: [tokens, size]."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,0 +1,59 @@
+"""Where a layer's weights come from, and the device and type it computes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.errors import StartupError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A place in a checkpoint: `at("model").at("norm").parameter("weight", 64)` reads model.norm.weight.
+
+    `dtype` is the type of activations and of the KV cache; `Linear` decides what type its matrix has.
+    """
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    prefix: str = ""
+
+    def at(self, *path: str | int) -> Weights:
+        return replace(self, prefix=self.name(".".join(map(str, path))))
+
+    def name(self, leaf: str) -> str:
+        return f"{self.prefix}.{leaf}" if self.prefix else leaf
+
+    def has(self, leaf: str) -> bool:
+        return self.name(leaf) in self.checkpoint.names()
+
+    def parameter(self, leaf: str, *shape: int) -> Tensor:
+        """A copy of a small tensor in `dtype`. Raises StartupError if its shape is not `shape`."""
+        return self.stored(leaf, *shape).to(self.device, self.dtype, copy=True)
+
+    def stored(self, leaf: str, *shape: int) -> Tensor:
+        """The tensor as the checkpoint holds it, a view of its file.
+
+        Raises StartupError if its shape is not `shape` or its type is no float of 16 or 32 bits.
+        """
+        name = self.name(leaf)
+        found = self.checkpoint.shape(name)
+        if found != shape:
+            raise StartupError(
+                f"{self.checkpoint.folder}: {name} has shape {found}; config.json asks for {shape}. "
+                "One of the two belongs to another model"
+            )
+        tensor = self.checkpoint.tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise StartupError(
+                f"{self.checkpoint.folder}: {name} is stored as {tensor.dtype}; bfloat16, float16 and "
+                "float32 are served, take a checkpoint that is not quantised"
+            )
+        return tensor

@@ -1,0 +1,44 @@
+"""The architectures that are served, by config.json's `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.config import ModelConfig
+from tgi_server.errors import StartupError
+from tgi_server.layers.weights import Weights
+from tgi_server.models import llama, mistral, qwen2, qwen3
+from tgi_server.models.decoder import Decoder
+
+ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
+    "llama": llama.load,
+    "mistral": mistral.load,
+    "qwen2": qwen2.load,
+    "qwen3": qwen3.load,
+}
+
+
+def load_model(
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
+
+    `dtype` is the type of activations and of the KV cache. Raises StartupError if the architecture is not
+    supported, or if checkpoint and config do not fit.
+    """
+    load = ARCHITECTURES.get(config.model_type)
+    if load is None:
+        raise StartupError(
+            f"{checkpoint.folder}: model_type is {config.model_type!r}; served are {', '.join(ARCHITECTURES)}"
+        )
+    if quantisation := config.raw.get("quantization_config"):
+        raise StartupError(
+            f"{checkpoint.folder}: config.json has quantization_config {quantisation}; only weights in "
+            "bfloat16, float16 and float32 are served, take a checkpoint that is not quantised"
+        )
+    with torch.inference_mode():
+        return load(Weights(checkpoint, device, dtype), config).eval()

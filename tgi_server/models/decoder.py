@@ -1,0 +1,80 @@
+"""The decoder that the architectures share: embedding, blocks of attention and MLP, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from tgi_server.config import ModelConfig
+from tgi_server.layers.attention import Attention
+from tgi_server.layers.batch import Batch
+from tgi_server.layers.cache import CacheSpec
+from tgi_server.layers.embedding import Embedding
+from tgi_server.layers.linear import Linear
+from tgi_server.layers.mlp import GatedMLP
+from tgi_server.layers.norm import RMSNorm
+from tgi_server.layers.weights import Weights
+
+# Makes the attention of layer i from the weights of its block.
+MakeAttention = Callable[[Weights, int], Attention]
+
+
+class Block(nn.Module):
+    """One layer. It takes the last layer's update apart from the residual: sum and norm are then one op."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(weights.at("input_layernorm"), config.hidden_size, config.norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(weights.at("post_attention_layernorm"), config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(weights.at("mlp"), config)
+
+    def forward(self, update: Tensor | None, residual: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
+        """update, residual: [tokens, hidden]; `residual` grows in place. Returns this layer's own update."""
+        norm = self.attention_norm
+        x = norm(residual) if update is None else norm.add(update, residual)
+        x = self.mlp_norm.add(self.attention(x, batch, kv_pages), residual)
+        own_update: Tensor = self.mlp(x)
+        return own_update
+
+
+class Decoder(nn.Module):
+    """A causal language model of pre-norm blocks; what differs between architectures is their attention."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, make_attention: MakeAttention) -> None:
+        super().__init__()
+        model = weights.at("model")
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = Embedding(model.at("embed_tokens"), vocab, hidden)
+        blocks = []
+        for i in range(config.num_layers):
+            at = model.at("layers", i)
+            blocks.append(Block(at, config, make_attention(at.at("self_attn"), i)))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(model.at("norm"), hidden, config.norm_eps)
+        head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        self.head = Linear(weights, [head], hidden, [vocab])
+        self.cache_specs: tuple[CacheSpec, ...] = tuple(block.attention.cache_spec for block in blocks)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """[tokens, hidden] in the type of activations."""
+        embedded: Tensor = self.embedding(batch.token_ids)
+        return embedded
+
+    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+        """Run the batch; its keys and values go to kv: [layers, pages, 2, kv_heads, 16, head_dim].
+
+        Returns [tokens, hidden] after the final norm.
+        """
+        residual = self.embed(batch)
+        update: Tensor | None = None
+        for block, kv_pages in zip(self.blocks, kv, strict=True):
+            update = block(update, residual, batch, kv_pages)
+        assert update is not None  # config.json asks for at least one layer
+        return self.norm.add(update, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden], rows of what `forward` returned. Returns [rows, vocab] fp32."""
+        scores: Tensor = self.head(hidden)
+        return scores.float()

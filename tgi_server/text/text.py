@@ -1,0 +1,31 @@
+"""All that a front end knows of a checkpoint's language: tokenizer, chat template, where answers end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tgi_server.config import ModelConfig
+from tgi_server.text.template import ChatTemplate
+from tgi_server.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """vocab_size: rows of the model's embedding; no id at or above it may reach the engine."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Text:
+        """Read tokenizer.json, chat template and config.json; raises StartupError naming the file."""
+        model = ModelConfig.from_folder(folder)
+        return cls(
+            tokenizer=Tokenizer.from_folder(folder),
+            template=ChatTemplate.from_folder(folder),
+            eos_token_ids=model.eos_token_ids,
+            vocab_size=model.vocab_size,
+        )
