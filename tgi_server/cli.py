@@ -8,11 +8,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import uvloop
 from aiohttp import web
 
+import tgi_kernels
 from tgi_server.checkpoint.hub import model_folder
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
 from tgi_server.engine.launch import EngineProcess, start_engine
@@ -65,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--max-batch-tokens", default=256, type=_whole(1, 1 << 20), help="tokens computed in one step")
     option("--max-sequences", default=64, type=_whole(1, 4096), help="sequences computed in one step")
     option("--max-queue", default=256, type=_whole(1, 1 << 20), help="requests waiting or running before 429")
+    option(
+        "--device", default="auto", type=_one_of("auto", "cpu", "cuda"), help="auto: a GPU if there is one"
+    )
+    option(
+        "--load-format",
+        default="auto",
+        type=_one_of("auto", "dummy"),
+        help="dummy: random weights, to measure",
+    )
     option("--num-threads", type=_whole(1, 1024), help="threads that compute; by default one per usable core")
     return parser
 
@@ -76,7 +87,13 @@ class _OptionFromEnvironment:
         self._parser = parser
 
     def __call__(
-        self, flag: str, *, help: str, required: bool = False, default: object = None, type: object = str
+        self,
+        flag: str,
+        *,
+        help: str,
+        required: bool = False,
+        default: object = None,
+        type: Callable[[str], object] = str,
     ) -> None:
         value = os.environ.get(flag[2:].upper().replace("-", "_"))
         # HOST and PORT of an unrelated tool must not stop the server with a traceback: argparse checks strings.
@@ -89,7 +106,7 @@ class _OptionFromEnvironment:
         )
 
 
-def _whole(low: int, high: int) -> object:
+def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -98,6 +115,15 @@ def _whole(low: int, high: int) -> object:
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return value
+
+    return parse
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
 
     return parse
 
@@ -111,14 +137,17 @@ def _configs(args: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
         raise StartupError(
             f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
         )
+    device = _device(args.device)
     engine = EngineConfig(
         model=folder,
         max_total_tokens=total,
         max_batch_tokens=max(args.max_batch_tokens, args.max_sequences),
         max_sequences=args.max_sequences,
         max_queue=args.max_queue,
-        num_pages=_num_pages(model, total, args.max_sequences),
+        num_pages=0 if device == "cuda" else _num_pages(model, total, args.max_sequences),
         num_threads=args.num_threads or usable_cores(),
+        device=device,
+        dummy_weights=args.load_format == "dummy",
     )
     server = ServerConfig(
         model=folder,
@@ -130,6 +159,18 @@ def _configs(args: argparse.Namespace) -> tuple[ServerConfig, EngineConfig]:
         max_queue=args.max_queue,
     )
     return server, engine
+
+
+def _device(wanted: str) -> str:
+    """Where to compute; a GPU counts if its driver is there and its kernels were built."""
+    built = (Path(tgi_kernels.__file__).parent / "_cuda.so").exists()
+    driver = Path("/dev/nvidiactl").exists()
+    if wanted == "cuda" and not (built and driver):
+        missing = (
+            "no NVIDIA driver is loaded" if built else "the CUDA kernels were not built (TGI_CUDA_ARCHS=90a)"
+        )
+        raise StartupError(f"--device cuda: {missing}; mend that or choose --device cpu")
+    return "cuda" if wanted != "cpu" and built and driver else "cpu"
 
 
 def _num_pages(model: ModelConfig, total_tokens: int, max_sequences: int) -> int:
@@ -177,12 +218,11 @@ async def _until_end(
     engine: EngineProcess, runner: web.AppRunner, config: ServerConfig, stop: asyncio.Event
 ) -> int:
     """Announce readiness, then wait for a signal or for the engine's death; the exit status."""
-    stopping = asyncio.create_task(stop.wait())
     announcing = asyncio.create_task(_announce(engine, runner, config))
-    await asyncio.wait({stopping, engine.ended}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (stopping, announcing):
-        task.cancel()
-    if stop.is_set():
+    engine.ended.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    announcing.cancel()
+    if not engine.ended.done():
         log.info("stopping")
         return 0
     log.error("%s; the service ends", engine.client.status.detail)

@@ -79,10 +79,11 @@ class EngineConfig:
     max_batch_tokens: int  # tokens one step may compute
     max_sequences: int  # sequences one step may run
     max_queue: int  # requests waiting or running before new ones are refused
-    num_pages: int
+    num_pages: int  # of KV cache; 0: as many as fit the GPU
     num_threads: int
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
-    device: str = "cpu"
+    device: str = "cpu"  # or "cuda"
+    dummy_weights: bool = False  # random ones, for measuring
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class ServerConfig:
     grace_s: float = 90.0
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: every route is open
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # good for admin routes, and for all others
+    parse_special_in_content: bool = False  # special tokens spelled out in chat messages are tokens
     compute_type: str = "cpu"  # what answers say they were computed on, as `x-compute-type`
 
 

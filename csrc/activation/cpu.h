@@ -34,7 +34,8 @@ TGI_INLINE void gated(const GatedParams& p, Activation activation) {
       int64_t i = 0;
       for (; i + kLanes <= p.inner; i += kLanes) store(out + i, activation(load(gate + i)) * load(up + i));
       const int64_t rest = p.inner - i;
-      if (rest > 0) store_first(out + i, activation(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
+      if (rest > 0)
+        store_first(out + i, activation(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
     }
   });
 }

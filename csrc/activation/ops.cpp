@@ -7,7 +7,8 @@ namespace {
 GatedParams params_of(const Tensor& x, const Tensor& out) {
   check_dims(out, 2, "out");
   check_shape(x, {out.size(0), 2 * out.size(1)}, "x");
-  return {.x = read<float>(x, "x"), .out = write<float>(out, "out"), .tokens = out.size(0), .inner = out.size(1)};
+  return {
+      .x = read<float>(x, "x"), .out = write<float>(out, "out"), .tokens = out.size(0), .inner = out.size(1)};
 }
 
 void silu_and_mul_cpu(const Tensor& x, const Tensor& out) { silu_and_mul(params_of(x, out)); }

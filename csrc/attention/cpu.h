@@ -1,8 +1,9 @@
-// Softmax(q·k·scale)·v over paged keys and values, with a running maximum. Milakov and Gimelshein 2018, arXiv:1805.02867;
-// Dao et al. 2022, arXiv:2205.14135.
+// Softmax(q·k·scale)·v over paged keys and values, with a running maximum. Milakov and Gimelshein 2018,
+// arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.
 //
-// A row is one query head of one token. Its arithmetic is the same whatever shares its task: pages in order from position
-// 0, splits merged in order, every dot product one chain of fma. So a token's bits depend on its own sequence alone.
+// A row is one query head of one token. Its arithmetic is the same whatever shares its task: pages in order
+// from position 0, splits merged in order, every dot product one chain of fma. So a token's bits depend on
+// its own sequence alone.
 #pragma once
 
 #include "attention/cpu_params.h"
@@ -44,7 +45,9 @@ struct Block {
   int64_t rows() const { return int64_t{task.queries} * task.heads; }
   int64_t head(int64_t row) const { return task.head + row % task.heads; }
   int64_t token(int64_t row) const { return p.query_starts[task.seq] + task.first + row / task.heads; }
-  int64_t position(int64_t row) const { return p.kv_lens[task.seq] - p.query_starts[task.seq + 1] + token(row); }
+  int64_t position(int64_t row) const {
+    return p.kv_lens[task.seq] - p.query_starts[task.seq + 1] + token(row);
+  }
 };
 
 constexpr float kMinusInfinity = -__builtin_inff();
@@ -67,8 +70,10 @@ TGI_INLINE void transpose_page(const float* from, float* to, int64_t head_dim) {
     for (; d + 4 <= head_dim; d += 4) {
       const Quad a = load_quad(rows + d), b = load_quad(rows + head_dim + d);
       const Quad c = load_quad(rows + 2 * head_dim + d), e = load_quad(rows + 3 * head_dim + d);
-      const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Quad ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Quad ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5),
+                 ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
       const Quad columns[4] = {__builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5),
                                __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7),
                                __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5),
@@ -98,7 +103,8 @@ TGI_INLINE void score_tile(const float* q, const float* keys, float* scores, int
 
 // values[kRows, head_dim] += weights[kRows, seen] · v[seen, head_dim], a strip of kVecs vectors of head_dim
 template <int kRows, int kVecs>
-TGI_INLINE void value_strip(const float* weights, const float* v, float* values, int64_t head_dim, Keys seen) {
+TGI_INLINE void value_strip(const float* weights, const float* v, float* values, int64_t head_dim,
+                            Keys seen) {
   Vec sums[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) sums[r][i] = load(values + r * head_dim + i * kLanes);
@@ -106,7 +112,8 @@ TGI_INLINE void value_strip(const float* weights, const float* v, float* values,
   for (int key = seen.first; key < seen.last; ++key) {
     for (int i = 0; i < kVecs; ++i) {
       const Vec value = load(v + key * head_dim + i * kLanes);
-      for (int r = 0; r < kRows; ++r) sums[r][i] = fma(splat(weights[r * kPageTokens + key]), value, sums[r][i]);
+      for (int r = 0; r < kRows; ++r)
+        sums[r][i] = fma(splat(weights[r * kPageTokens + key]), value, sums[r][i]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -120,7 +127,8 @@ TGI_INLINE void value_tile(const float* weights, const float* v, float* values, 
   for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
     value_strip<kRows, 2>(weights, v + d, values + d, head_dim, seen);
   }
-  for (; d + kLanes <= head_dim; d += kLanes) value_strip<kRows, 1>(weights, v + d, values + d, head_dim, seen);
+  for (; d + kLanes <= head_dim; d += kLanes)
+    value_strip<kRows, 1>(weights, v + d, values + d, head_dim, seen);
   for (; d < head_dim; ++d) {
     for (int r = 0; r < kRows; ++r) {
       for (int key = seen.first; key < seen.last; ++key) {
@@ -130,7 +138,8 @@ TGI_INLINE void value_tile(const float* weights, const float* v, float* values, 
   }
 }
 
-// One row's scores become weights e^(score − maximum), and what it has summed so far is scaled to the new maximum.
+// One row's scores become weights e^(score − maximum), and what it has summed so far is scaled to the new
+// maximum.
 TGI_INLINE void softmax_row(Block& b, Rows& state, int64_t row, int64_t page_position) {
   const AttentionParams& p = b.p;
   float* scores = b.scratch.scores + row * kPageTokens;
@@ -180,7 +189,8 @@ TGI_INLINE bool look(Block& b, int64_t page_position) {
     const int64_t position = b.position(row);
     const int64_t oldest = b.p.window > 0 ? position - b.p.window + 1 : 0;
     const int64_t first = oldest - page_position, last = position + 1 - page_position;
-    b.scratch.seen[row] = {static_cast<int>(first < 0 ? 0 : first), static_cast<int>(last > kPageTokens ? kPageTokens : last)};
+    b.scratch.seen[row] = {static_cast<int>(first < 0 ? 0 : first),
+                           static_cast<int>(last > kPageTokens ? kPageTokens : last)};
     any = any || b.scratch.seen[row].first < b.scratch.seen[row].last;
   }
   return any;
@@ -191,11 +201,13 @@ TGI_INLINE void attend_page(Block& b, Rows& state, int64_t page_position) {
   const AttentionParams& p = b.p;
   const int64_t page = p.page_table[b.task.seq * p.max_pages + page_position / kPageTokens];
   const int64_t head_elements = kPageTokens * p.head_dim;
-  const float* k = p.kv_pages + (page * 2 * p.kv_heads + b.task.head / (p.heads / p.kv_heads)) * head_elements;
+  const float* k =
+      p.kv_pages + (page * 2 * p.kv_heads + b.task.head / (p.heads / p.kv_heads)) * head_elements;
   const float* v = k + p.kv_heads * head_elements;
   transpose_page(k, b.scratch.keys, p.head_dim);
   in_tiles(b.rows(), [&]<int kRows>(int64_t row) {
-    score_tile<kRows>(b.scratch.q + row * p.head_dim, b.scratch.keys, b.scratch.scores + row * kPageTokens, p.head_dim);
+    score_tile<kRows>(b.scratch.q + row * p.head_dim, b.scratch.keys, b.scratch.scores + row * kPageTokens,
+                      p.head_dim);
   });
   for (int64_t row = 0; row < b.rows(); ++row) {
     if (b.scratch.seen[row].first < b.scratch.seen[row].last) softmax_row(b, state, row, page_position);
@@ -204,7 +216,8 @@ TGI_INLINE void attend_page(Block& b, Rows& state, int64_t page_position) {
     const Keys seen = b.scratch.seen[row];
     bool alike = true;
     for (int r = 1; r < kRows; ++r) {
-      alike = alike && b.scratch.seen[row + r].first == seen.first && b.scratch.seen[row + r].last == seen.last;
+      alike =
+          alike && b.scratch.seen[row + r].first == seen.first && b.scratch.seen[row + r].last == seen.last;
     }
     const float* weights = b.scratch.scores + row * kPageTokens;
     float* values = state.values + row * p.head_dim;
@@ -213,7 +226,8 @@ TGI_INLINE void attend_page(Block& b, Rows& state, int64_t page_position) {
       return;
     }
     for (int r = 0; r < kRows; ++r) {
-      value_tile<1>(weights + r * kPageTokens, v, values + r * p.head_dim, p.head_dim, b.scratch.seen[row + r]);
+      value_tile<1>(weights + r * kPageTokens, v, values + r * p.head_dim, p.head_dim,
+                    b.scratch.seen[row + r]);
     }
   });
 }
@@ -230,7 +244,8 @@ TGI_INLINE void attend_split(Block& b, Rows& state, int64_t split) {
   clear(state, b.rows(), b.p.head_dim);
   const int64_t end = b.position(b.rows() - 1) + 1;
   const int64_t stop = (split + 1) * kSplitTokens < end ? (split + 1) * kSplitTokens : end;
-  for (int64_t position = split * kSplitTokens; position < stop; position += kPageTokens) attend_page(b, state, position);
+  for (int64_t position = split * kSplitTokens; position < stop; position += kPageTokens)
+    attend_page(b, state, position);
 }
 
 // Adds a split's result to the running one of a row: both scaled to the larger maximum.
@@ -263,7 +278,8 @@ TGI_INLINE void attend(Block& b, Rows& state) {
   Rows split_state;
   clear(state, b.rows(), p.head_dim);
   const int64_t oldest = p.window > 0 ? b.position(0) - p.window + 1 : 0;
-  for (int64_t split = oldest > 0 ? oldest / kSplitTokens : 0; split * kSplitTokens <= b.position(b.rows() - 1); ++split) {
+  for (int64_t split = oldest > 0 ? oldest / kSplitTokens : 0;
+       split * kSplitTokens <= b.position(b.rows() - 1); ++split) {
     attend_split(b, split_state, split);
     for (int64_t row = 0; row < b.rows(); ++row) {
       merge_row(state.largest[row], state.sum[row], state.values + row * p.head_dim, split_state.largest[row],

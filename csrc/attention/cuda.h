@@ -22,17 +22,18 @@ struct PagedAttention {
   int max_pages;
   int seqs, heads, kv_heads, head_dim;
   int window;      // tokens a query sees, itself included; 0: all
-  float gain;      // of products, see ScoreRule
+  float gain;      // of products, see score_of
   float cap;       // softcap·log2(e), or 0
   float v_scale;   // of cached values
   bool q_is_bf16;  // type of q and out
 };
 
 struct DecodeParams : PagedAttention {
-  int queries;     // per sequence
-  int* counters;   // [seqs, kv_heads, row blocks], zero before and after
-  void* partials;  // see DecodePartials
-  int64_t slots;   // partial results there is room for
+  int queries;    // per sequence
+  int* counters;  // [kDecodeMergeLevels, slots], zero before and after
+  float* sums;    // [slots, rows of an item, 2]: what items hand to a merge, maximum and sum
+  float* values;  // [slots, rows of an item, padded head_dim]
+  int slots;
 };
 
 struct PrefillParams : PagedAttention {
@@ -48,5 +49,8 @@ int decode_rows(int rows, int head_dim);
 // Keys of the longest item, and the items there is room for even where that would make fewer.
 constexpr int decode_longest_item(int rows) { return rows > 16 ? 1024 : 4096; }
 constexpr int kDecodeShortItems = 2048;
+// Merges take 16 parts of a sequence at a time.
+constexpr int kDecodeMergeLevels = 3;
+constexpr int decode_padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 }  // namespace tgi

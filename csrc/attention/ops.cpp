@@ -9,8 +9,8 @@ namespace tgi {
 namespace {
 
 void check_sequences(const AttentionParams& p, int64_t seqs, int64_t tokens, int64_t pages) {
-  check(p.query_starts[0] == 0 && p.query_starts[seqs] == tokens, "query_starts goes from ", p.query_starts[0], " to ",
-        p.query_starts[seqs], "; q has ", tokens, " tokens");
+  check(p.query_starts[0] == 0 && p.query_starts[seqs] == tokens, "query_starts goes from ",
+        p.query_starts[0], " to ", p.query_starts[seqs], "; q has ", tokens, " tokens");
   for (int64_t seq = 0; seq < seqs; ++seq) {
     const int64_t queries = p.query_starts[seq + 1] - p.query_starts[seq], kv_len = p.kv_lens[seq];
     check(queries >= 0 && queries <= kv_len, "sequence ", seq, " has ", queries, " queries and ", kv_len,
@@ -21,12 +21,14 @@ void check_sequences(const AttentionParams& p, int64_t seqs, int64_t tokens, int
     const int64_t oldest = p.window > 0 ? std::max<int64_t>(0, kv_len - queries - p.window + 1) : 0;
     for (int64_t page = oldest / kPageTokens; page * kPageTokens < kv_len; ++page) {
       const int64_t id = p.page_table[seq * p.max_pages + page];
-      check(id >= 0 && id < pages, "page_table[", seq, "][", page, "] is ", id, "; kv_pages has 0 to ", pages - 1);
+      check(id >= 0 && id < pages, "page_table[", seq, "][", page, "] is ", id, "; kv_pages has 0 to ",
+            pages - 1);
     }
   }
 }
 
-// Tasks of at most kMaxBlockRows rows, those with most keys first: the last ones handed out are the short ones.
+// Tasks of at most kMaxBlockRows rows, those with most keys first: the last ones handed out are the short
+// ones.
 std::vector<AttentionTask> blocks_of(const AttentionParams& p, int64_t seqs) {
   const int64_t group = p.heads / p.kv_heads, heads = std::min(group, kMaxBlockRows);
   const int64_t queries = kMaxBlockRows / heads;
@@ -62,7 +64,8 @@ struct Splits {
 Splits split(const AttentionParams& p, const std::vector<AttentionTask>& blocks) {
   Splits splits;
   for (const AttentionTask& block : blocks) {
-    const int64_t first = p.kv_lens[block.seq] - p.query_starts[block.seq + 1] + p.query_starts[block.seq] + block.first;
+    const int64_t first =
+        p.kv_lens[block.seq] - p.query_starts[block.seq + 1] + p.query_starts[block.seq] + block.first;
     const int64_t oldest = p.window > 0 ? std::max<int64_t>(0, first - p.window + 1) : 0;
     const int64_t begin = oldest / kSplitTokens, end = (first + block.queries - 1) / kSplitTokens + 1;
     AttentionTask merge = block;
@@ -101,9 +104,10 @@ void run(AttentionParams p, int64_t seqs) {
   attention(p);
 }
 
-void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table, const Tensor& query_starts,
-                   const Tensor& kv_lens, double scale, int64_t window, double softcap,
-                   const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, const Tensor& out) {
+void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
+                   const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window,
+                   double softcap, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sinks, const Tensor& out) {
   check_dims(q, 3, "q");
   check_dims(kv_pages, 5, "kv_pages");
   check_dims(page_table, 2, "page_table");
@@ -150,7 +154,8 @@ void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_t
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
-      "attention(Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, Tensor kv_lens, float scale, "
+      "attention(Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, Tensor kv_lens, float "
+      "scale, "
       "int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor(a!) out) -> ()");
 }
 

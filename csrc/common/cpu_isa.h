@@ -1,9 +1,10 @@
 // Instruction sets of the CPU kernels, and the one place that chooses among them.
 //
 // cpu_kernels.cpp is compiled once per set with TGI_ISA naming the namespace, so tgi::baseline, tgi::avx2 and
-// tgi::avx512 hold the same kernels. TGI_CPU_KERNEL(name, Params) declares tgi::name(const Params&), which calls the
-// active set's. Code in cpu.h must not make the compiler emit functions outside its namespace (an inline function of
-// std compiled for AVX-512 may be the copy that the linker keeps for everybody): tools/check_isa_symbols.cmake looks.
+// tgi::avx512 hold the same kernels. TGI_CPU_KERNEL(name, Params) declares tgi::name(const Params&), which
+// calls the active set's. Code in cpu.h must not make the compiler emit functions outside its namespace (an
+// inline function of std compiled for AVX-512 may be the copy that the linker keeps for everybody):
+// tools/check_isa_symbols.cmake looks.
 #pragma once
 
 #include <atomic>
@@ -19,7 +20,8 @@ inline CpuIsa best_cpu_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return CpuIsa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuIsa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return CpuIsa::avx2;
 #endif
   return CpuIsa::baseline;
 }
@@ -33,24 +35,24 @@ inline std::atomic<CpuIsa>& active_cpu_isa() {
 }  // namespace tgi
 
 #if defined(__x86_64__)
-#define TGI_CPU_KERNEL(name, Params)                                                                  \
-  namespace baseline {                                                                                \
-  void name(const Params&);                                                                           \
-  }                                                                                                   \
-  namespace avx2 {                                                                                    \
-  void name(const Params&);                                                                           \
-  }                                                                                                   \
-  namespace avx512 {                                                                                  \
-  void name(const Params&);                                                                           \
-  }                                                                                                   \
-  inline void name(const Params& params) {                                                            \
+#define TGI_CPU_KERNEL(name, Params)                                                                 \
+  namespace baseline {                                                                               \
+  void name(const Params&);                                                                          \
+  }                                                                                                  \
+  namespace avx2 {                                                                                   \
+  void name(const Params&);                                                                          \
+  }                                                                                                  \
+  namespace avx512 {                                                                                 \
+  void name(const Params&);                                                                          \
+  }                                                                                                  \
+  inline void name(const Params& params) {                                                           \
     static constexpr void (*kKernels[])(const Params&) = {baseline::name, avx2::name, avx512::name}; \
-    kKernels[static_cast<int>(active_cpu_isa().load(std::memory_order_relaxed))](params);             \
+    kKernels[static_cast<int>(active_cpu_isa().load(std::memory_order_relaxed))](params);            \
   }
 #else
-#define TGI_CPU_KERNEL(name, Params)                              \
-  namespace baseline {                                            \
-  void name(const Params&);                                       \
-  }                                                               \
+#define TGI_CPU_KERNEL(name, Params) \
+  namespace baseline {               \
+  void name(const Params&);          \
+  }                                  \
   inline void name(const Params& params) { baseline::name(params); }
 #endif

@@ -32,8 +32,8 @@ int cores_of_process() {
 constexpr auto kSpin = std::chrono::microseconds(50);
 
 // state_: | generation of the job: 32 bits | open: 1 bit | workers inside: 31 bits |
-// A worker enters only while the job is open, and the caller closes it once no task is left: a worker that wakes late
-// is waited for by nobody.
+// A worker enters only while the job is open, and the caller closes it once no task is left: a worker that
+// wakes late is waited for by nobody.
 constexpr uint64_t kOpen = uint64_t{1} << 31;
 constexpr uint64_t kInside = kOpen - 1;
 
@@ -58,8 +58,10 @@ class Pool {
     drain();
     state_.fetch_and(~kOpen);
     for (int i = 0; state_.load(std::memory_order_acquire) & kInside; ++i) {
-      if (i < 4096) relax();
-      else std::this_thread::yield();  // more threads than cores: let the last worker finish
+      if (i < 4096)
+        relax();
+      else
+        std::this_thread::yield();  // more threads than cores: let the last worker finish
     }
   }
 
@@ -68,13 +70,16 @@ class Pool {
     // Sequentially consistent with sleepers_: either a worker sees the new job or we see that it sleeps.
     state_.store(((state_.load() >> 32) + 1) << 32 | open);
     if (sleepers_.load() > 0) {
-      { std::lock_guard lock(mutex_); }
+      {
+        std::lock_guard lock(mutex_);
+      }
       wake_.notify_all();
     }
   }
 
   void drain() {
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task);
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
+      body_(context_, task);
   }
 
   void work() {
@@ -119,8 +124,8 @@ class Pool {
   alignas(64) std::atomic<int> sleepers_{0};
 };
 
-std::mutex pool_mutex;  // one job at a time: two would only share the same cores
-Pool* pool = nullptr;   // made by the first job
+std::mutex pool_mutex;   // one job at a time: two would only share the same cores
+Pool* pool = nullptr;    // made by the first job
 int wanted_threads = 0;  // 0: not yet asked
 
 void forget_pool() {  // threads do not survive fork; the child makes its own

@@ -1,5 +1,6 @@
-// A thread pool for short kernels: the calling thread and persistent workers, which spin for a moment between jobs and
-// then sleep. Tasks are handed out one by one, so who runs which is chance; a task must write what no other reads.
+// A thread pool for short kernels: the calling thread and persistent workers, which spin for a moment between
+// jobs and then sleep. Tasks are handed out one by one, so who runs which is chance; a task must write what
+// no other reads.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,11 @@ void run_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* c
 // Calls function(task) for every task in [0, tasks), in parallel.
 template <typename Function>
 inline void parallel_for(int64_t tasks, Function&& function) {
-  run_tasks(
-      tasks, [](void* context, int64_t task) { (*static_cast<Function*>(context))(task); }, &function);
+  run_tasks(tasks, [](void* context, int64_t task) { (*static_cast<Function*>(context))(task); }, &function);
 }
 
-// Rows of `size` elements that one task of an elementwise kernel takes: enough that handing it out (about 0.1 µs, and
-// 1–5 µs for the first of a job) costs little beside the work.
+// Rows of `size` elements that one task of an elementwise kernel takes: enough that handing it out (about 0.1
+// µs, and 1–5 µs for the first of a job) costs little beside the work.
 inline int64_t rows_per_task(int64_t rows, int64_t size) {
   constexpr int64_t kElements = 16384;
   const int64_t wanted = size >= kElements ? 1 : kElements / (size < 1 ? 1 : size);

@@ -44,4 +44,15 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
+// How many CTAs of a kernel the current device holds at once; at least 1.
+template <typename... Params>
+int resident_ctas(void (*kernel)(Params...), int threads, int shared_bytes = 0) {
+  int device = 0, sms = 1, each = 1;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes)) {
+    return 1;
+  }
+  return sms * (each > 0 ? each : 1);
+}
+
 }  // namespace tgi

@@ -29,42 +29,33 @@ struct MergeFactors {
   float left, right;
 };
 
-// Merges the maximum and sum of `right` into `maximum` and `sum`.
-__device__ __forceinline__ MergeFactors merge_sums(float& maximum, float& sum, float right_maximum,
-                                                   float right_sum) {
-  const float both = fmaxf(maximum, right_maximum);
+// Merges the maximum of `right` into `maximum`.
+__device__ __forceinline__ MergeFactors merge_maximum(float& maximum, float right) {
+  const float both = fmaxf(maximum, right);
   const float reference = finite_max(both);
-  const MergeFactors by{exp2_fast(maximum - reference), exp2_fast(right_maximum - reference)};
-  sum = __fmaf_rn(sum, by.left, __fmul_rn(right_sum, by.right));
+  const MergeFactors by{exp2_fast(maximum - reference), exp2_fast(right - reference)};
   maximum = both;
   return by;
 }
 
+// Merges a sum or a weighted value.
 __device__ __forceinline__ float merge_value(float left, float right, MergeFactors by) {
   return __fmaf_rn(left, by.left, __fmul_rn(right, by.right));
 }
 
-// What weighted values are multiplied by at the end. `sink` is a further score with no value, or −inf. No
-// keys: 0.
+// What weighted values are multiplied by at the end. `sink` is a further score with no value, or −inf. No keys: 0.
 __device__ __forceinline__ float normalizer(float maximum, float sum, float sink) {
-  const float top = fmaxf(maximum, sink);
-  const float reference = finite_max(top);
+  const float reference = finite_max(fmaxf(maximum, sink));
   const float scale = exp2_fast(maximum - reference);
   const float total = sum * scale + exp2_fast(sink - reference);
-  return total > 0.f ? scale / total : (total == 0.f ? 0.f : total);
+  return total == 0.f ? 0.f : scale / total;
 }
 
-// What makes a score of a product: scale, cap, distance bias. `gain` is scale·log2(e), or
-// 2·log2(e)·scale/softcap where there is a cap, as tanh is made of exp2.
-struct ScoreRule {
-  float gain;
-  float cap;  // softcap·log2(e), or 0
-};
-
+// The score of a product of a query and a key. `gain` is scale·log2(e) without a cap; with one, softcap·log2(e), it is
+// 2·log2(e)·scale/softcap, as tanh is made of exp2.
 __device__ __forceinline__ float score_of(float product, float gain, float cap) {
   const float scaled = product * gain;
-  if (cap == 0.f) return scaled;
-  return cap * (1.f - 2.f / (exp2_fast(scaled) + 1.f));
+  return cap == 0.f ? scaled : cap * (1.f - __fdividef(2.f, exp2_fast(scaled) + 1.f));
 }
 
 }  // namespace tgi

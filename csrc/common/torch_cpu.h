@@ -31,7 +31,8 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   check_dims(tensor, static_cast<int64_t>(shape.size()), name);
   int64_t dim = 0;
   for (const int64_t size : shape) {
-    check(tensor.size(dim) == size, name, ": dimension ", dim, " is ", tensor.size(dim), "; it needs to be ", size);
+    check(tensor.size(dim) == size, name, ": dimension ", dim, " is ", tensor.size(dim), "; it needs to be ",
+          size);
     ++dim;
   }
 }
@@ -46,8 +47,8 @@ constexpr ScalarType scalar_type_of() {
 template <typename T>
 inline void check_cpu(const Tensor& tensor, const char* name) {
   check(tensor.is_cpu(), name, " is not on the CPU");
-  check(tensor.scalar_type() == scalar_type_of<T>(), name, " has dtype ", static_cast<int>(tensor.scalar_type()),
-        "; it needs to be ", static_cast<int>(scalar_type_of<T>()));
+  check(tensor.scalar_type() == scalar_type_of<T>(), name, " has dtype ",
+        static_cast<int>(tensor.scalar_type()), "; it needs to be ", static_cast<int>(scalar_type_of<T>()));
 }
 
 // The data of a contiguous CPU tensor.

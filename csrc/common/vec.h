@@ -1,5 +1,6 @@
-// One vector type for every instruction set: kLanes floats, loads that widen bfloat16, fused multiply-add, exp.
-// Compiled into the namespace TGI_ISA. A sum's order depends on kLanes, so results differ between sets, never within one.
+// One vector type for every instruction set: kLanes floats, loads that widen bfloat16, fused multiply-add,
+// exp. Compiled into the namespace TGI_ISA. A sum's order depends on kLanes, so results differ between sets,
+// never within one.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +41,11 @@ TGI_INLINE Vec load(const float* from) {
 // A bfloat16 is the upper half of the float of the same value.
 TGI_INLINE Vec load(const bfloat16* from) {
 #if defined(TGI_ISA_IS_avx512)
-  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 #elif defined(TGI_ISA_IS_avx2)
-  return reinterpret_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
+  return reinterpret_cast<Vec>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
 #else
   VecHalf half;
   std::memcpy(&half, from, sizeof(half));
@@ -51,7 +54,9 @@ TGI_INLINE Vec load(const bfloat16* from) {
 }
 
 TGI_INLINE float to_float(float x) { return x; }
-TGI_INLINE float to_float(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+TGI_INLINE float to_float(bfloat16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
 
 TGI_INLINE void store(float* to, Vec from) { std::memcpy(to, &from, sizeof(from)); }
 
@@ -102,7 +107,8 @@ TGI_INLINE void store_first(float* to, Vec from, int64_t count) {
 }
 
 // e^x within 2 ulp: x = n·ln 2 + r, |r| ≤ ln 2 / 2, a degree-7 polynomial for e^r, and n into the exponent.
-// exp(−∞) is 0 and exp(0) is exactly 1. Results under 1.2e-38 become 0, those over the largest float +∞; NaN stays NaN.
+// exp(−∞) is 0 and exp(0) is exactly 1. Results under 1.2e-38 become 0, those over the largest float +∞; NaN
+// stays NaN.
 TGI_INLINE Vec exp(Vec x) {
   constexpr float kRound = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
   const Vec clamped = max(splat(-104.0f), x > 89.0f ? splat(89.0f) : x);
@@ -121,7 +127,8 @@ TGI_INLINE Vec exp(Vec x) {
   // 2^n as two factors, since 2^128 is no float.
   const VecInt whole = __builtin_convertvector(n, VecInt);
   const VecInt half = whole >> 1;
-  const Vec scaled = p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
+  const Vec scaled =
+      p * reinterpret_cast<Vec>((half + 127) << 23) * reinterpret_cast<Vec>((whole - half + 127) << 23);
   const Vec finite = x < -87.3f ? splat(0.0f) : scaled;
   return x == x ? finite : x;
 }

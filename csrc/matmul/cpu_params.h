@@ -7,8 +7,8 @@
 
 namespace tgi {
 
-// Weights are packed in panels of 32 output features, in_features by 32, so that a step along in_features reads one
-// cache line of bfloat16. The last panel is filled up with zeros.
+// Weights are packed in panels of 32 output features, in_features by 32, so that a step along in_features
+// reads one cache line of bfloat16. The last panel is filled up with zeros.
 constexpr int64_t kPanel = 32;
 
 struct PackLinearParams {
@@ -28,7 +28,8 @@ struct LinearParams {
   bool is_bfloat16;
 };
 
-// Tokens that are worked on together: their x is interleaved once for all panels, and stays in the L2 or L3 cache.
+// Tokens that are worked on together: their x is interleaved once for all panels, and stays in the L2 or L3
+// cache.
 constexpr int64_t kRowBlock = 240;
 
 TGI_CPU_KERNEL(pack_linear, PackLinearParams)

@@ -1,12 +1,14 @@
 // Skinny matrix product at the memory roof: few tokens, every weight read once, K walked in order.
 //
-// One accumulator per output takes the k16 steps in ascending order, whatever the number of tokens, so a token's bits
-// depend on its own row alone; cuBLAS's kernels that do not split K give the same bits. docs/kernels/skinny_matmul.md.
+// One accumulator per output takes the k16 steps in ascending order, whatever the number of tokens, so a token's
+// bits depend on its own row alone; cuBLAS's kernels that do not split K give the same bits.
+// docs/kernels/skinny_matmul.md.
 //
-//   producer warp:      | weights 0 … s-1 | wait for the previous kernel | x 0 … s-1 | (weights, x) s, s+1, … as slots free
-//   consumer warpgroup: | wait slot → wgmma D[64 tokens, rows] += x · weightᵀ → free the slot before | … | epilogue |
+//   producer warp:  | weights 0 … s-1 | wait for the previous kernel | x 0 … s-1 | both s, s+1, … as slots free |
+//   each consumer:  | wait slot → ldmatrix one half chunk ahead → mma of its 16 or 32 rows | … | epilogue |
 #include "activation/gated.cuh"
 #include "common/dispatch.cuh"
+#include "common/mma.cuh"
 #include "common/pdl.cuh"
 #include "matmul/cuda.h"
 #include "matmul/hopper.cuh"
@@ -16,168 +18,116 @@ namespace {
 
 // ---- device ----
 
-constexpr int kConsumers = 128;
-constexpr int kThreads = kConsumers + 32;
-constexpr int kTokens = 64;         // rows of the wgmma tile; those past the last token compute what nobody stores
+constexpr int kMaxThreads = 512;
+constexpr int kBlockTokens = 64;    // tokens that one CTA handles
 constexpr int kChunk = 64;          // elements of K in one swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
-constexpr int kMaxStages = 16;
+constexpr int kMaxStages = 32;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps what follows on the swizzle's 1024 bytes
 
-// Chunks of K in a stage: stages of at least 4 KB of weights, of at most 32.
-constexpr int chunks_of(int rows) { return rows > 64 ? 1 : 2; }
-// Columns of one wgmma: every tile is a whole number of them.
-constexpr int columns_of(int rows) { return rows % 56 == 0 ? 56 : rows % 32 == 0 ? 32 : rows % 24 == 0 ? 24 : 16; }
-
+// How one launch cuts its work. A tile is `rows` weight rows; row_warps × token_warps consumer warps share it.
 struct Tiling {
-  int tiles;       // along the weight's rows
-  int steps;       // stages that cover K
-  int stages;      // slots of the ring
-  int x_rows;      // tokens in a slot, a multiple of 8
-  bool reuse;      // more than one block of tokens reads the weights
+  int rows, tiles;
+  int row_warps, token_warps;
+  int x_rows;   // tokens a chunk has room for, a multiple of 8
+  int x_copied;  // tokens that are copied into it
+  int chunks;   // of K in a stage
+  int steps;    // stages that cover K
+  int stages;   // slots of the ring
+  bool reread;  // more than one block of tokens reads the weights
 };
 
 template <typename T>
-struct Pair {
-  T low, high;
+struct Operands {
+  uint32_t weight[4], x[4];
 };
 
+// What a lane of a warp knows of its outputs: accumulator 2h + e belongs to weight row g + 8h of its strip of 16
+// and to token 2t + e of its group of 8, where g = lane / 4 and t = lane % 4.
 template <typename T>
-__device__ __forceinline__ Pair<T> load_pair(const T* from, int left) {
-  Pair<T> pair{};
-  if (left > 0) pair.low = from[0];
-  if (left > 1) pair.high = from[1];
-  return pair;
-}
-
-// Where a thread's outputs lie: accumulator 4j + 2h + e belongs to token row + 8h and tile column 8j + column + e.
-template <typename T, int kRows>
 struct Epilogue {
-  static constexpr int kGroups = kRows / 8;
   const SkinnyMatmulParams& p;
-  int row, column;
+  int lane_row, first_token;  // of the warp's first strip, and of its first group plus 2t
 
-  __device__ __forceinline__ T finished(const float* d, int index, const T* bias, int feature) const {
-    if (bias == nullptr || feature >= p.out_features) return from_float<T>(d[index]);
-    return from_float<T>(d[index] + to_float(bias[feature]));
+  __device__ __forceinline__ float before(int token, int feature) const {
+    if (p.residual == nullptr || token >= p.tokens || feature >= p.out_features) return 0.0f;
+    return to_float(static_cast<const T*>(p.residual)[token * p.residual_stride + feature]);
   }
 
-  __device__ __forceinline__ void store_pair(int token, int feature, int features, Pair<T> y) const {
-    if (token >= p.tokens || feature >= features) return;
-    T* to = static_cast<T*>(p.out) + token * p.out_stride + feature;
-    if (feature + 1 < features && reinterpret_cast<uintptr_t>(to) % sizeof(Pair<T>) == 0) {
-      *reinterpret_cast<uint32_t*>(to) = __builtin_bit_cast(uint32_t, y);
-      return;
-    }
-    to[0] = y.low;
-    if (feature + 1 < features) to[1] = y.high;
+  __device__ __forceinline__ T rounded(float d, int feature) const {
+    if (p.bias == nullptr || feature >= p.out_features) return from_float<T>(d);
+    return from_float<T>(d + to_float(static_cast<const T*>(p.bias)[feature]));
   }
 
-  __device__ __forceinline__ void plain(const float* d, int tile) const {
-    const T* bias = static_cast<const T*>(p.bias);
-    const T* residual = static_cast<const T*>(p.residual);
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const int feature = tile * kRows + 8 * j + column;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int token = row + 8 * h, left = token < p.tokens ? p.out_features - feature : 0;
-        Pair<T> y{finished(d, 4 * j + 2 * h, bias, feature), finished(d, 4 * j + 2 * h + 1, bias, feature + 1)};
-        if (residual != nullptr) {
-          const Pair<T> before = load_pair(residual + token * p.residual_stride + feature, left);
-          y.low = from_float<T>(to_float(before.low) + to_float(y.low));
-          y.high = from_float<T>(to_float(before.high) + to_float(y.high));
-        }
-        store_pair(token, feature, p.out_features, y);
-      }
-    }
-  }
-
-  // The tile's first half of columns are gates, the second half the ups beside them: a thread holds both.
-  __device__ __forceinline__ void gated_halves(const float* d, int tile) const {
-    const T* bias = static_cast<const T*>(p.bias);
-    const int inner = p.out_features / 2;
-#pragma unroll
-    for (int j = 0; j < kGroups / 2; ++j) {
-      const int feature = tile * (kRows / 2) + 8 * j + column;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int gate = 4 * j + 2 * h, up = gate + 2 * kGroups;
-        Pair<T> y;
-        y.low = gated(p.activation, finished(d, gate, bias, feature), finished(d, up, bias, inner + feature));
-        y.high = gated(p.activation, finished(d, gate + 1, bias, feature + 1),
-                       finished(d, up + 1, bias, inner + feature + 1));
-        store_pair(row + 8 * h, feature, inner, y);
-      }
-    }
+  __device__ __forceinline__ void store(int token, int feature, int features, T y) const {
+    if (token < p.tokens && feature < features) static_cast<T*>(p.out)[token * p.out_stride + feature] = y;
   }
 };
 
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, 1)
+// A warp computes kStrips strips of 16 weight rows for kGroups groups of 8 tokens. With a gate, a strip is 8 gate
+// rows and the 8 up rows that they gate, so that one thread holds both.
+template <typename T, int kStrips, int kGroups>
+__global__ void __launch_bounds__(kMaxThreads, 1)
     skinny_matmul_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
                          const SkinnyMatmulParams p, const Tiling t) {
-  constexpr int kChunks = chunks_of(kRows), kColumns = columns_of(kRows);
-  constexpr int kWeightBytes = kChunks * kRows * kRowBytes;
   extern __shared__ __align__(1024) uint8_t shared[];
   uint64_t* full = reinterpret_cast<uint64_t*>(shared);
   uint64_t* empty = full + kMaxStages;
-  const int x_bytes = kChunks * t.x_rows * kRowBytes;
-  // x lies first: the tile's 64 rows may reach past a slot's tokens, into other slots and the weights, never outside.
-  uint8_t* x_ring = shared + kHeaderBytes;
-  uint8_t* weight_ring = x_ring + t.stages * x_bytes;
-  const int first_token = blockIdx.y * kTokens;
+  const int chunk_bytes = t.rows * kRowBytes, x_chunk_bytes = t.x_rows * kRowBytes;
+  uint8_t* weight_ring = shared + kHeaderBytes;
+  uint8_t* x_ring = weight_ring + t.stages * t.chunks * chunk_bytes;
+  const int consumers = t.row_warps * t.token_warps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_token = blockIdx.y * kBlockTokens;
   const int own_tiles = (t.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
+  const int own_steps = own_tiles * t.steps;
 
   let_next_start();
-  if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) {
-      prefetch_map(&weight_map);
-      prefetch_map(&x_map);
-      for (int slot = 0; slot < t.stages; ++slot) {
-        barrier_init(&full[slot], 1);
-        barrier_init(&empty[slot], kConsumers / 32);
-      }
-      barrier_init_done();
+  if (warp == consumers && lane == 0) {
+    prefetch_map(&weight_map);
+    prefetch_map(&x_map);
+    for (int slot = 0; slot < t.stages; ++slot) {
+      barrier_init(&full[slot], 1);
+      barrier_init(&empty[slot], consumers);
     }
+    barrier_init_done();
   }
   __syncthreads();
 
-  if (threadIdx.x >= kConsumers) {
+  if (warp == consumers) {
     // ---- producer ----
-    if (threadIdx.x == kConsumers) {
-      const uint64_t weight_policy = t.reuse ? evict_normally() : evict_first(), x_policy = evict_normally();
+    if (lane == 0) {
+      const uint64_t weight_policy = t.reread ? evict_normally() : evict_first(), x_policy = evict_normally();
+      const int stage_bytes = t.chunks * (chunk_bytes + t.x_copied * kRowBytes);
       const auto load_weights = [&](int tile, int step, int slot) {
-        barrier_arrive_expecting(&full[slot], kWeightBytes + x_bytes);
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          uint8_t* to = weight_ring + slot * kWeightBytes + c * kRows * kRowBytes;
-          const int k = (step * kChunks + c) * kChunk;
+        barrier_arrive_expecting(&full[slot], stage_bytes);
+        for (int c = 0; c < t.chunks; ++c) {
+          uint8_t* to = weight_ring + (slot * t.chunks + c) * chunk_bytes;
+          const int k = (step * t.chunks + c) * kChunk;
           if (p.is_gated) {
-            copy_box(to, &weight_map, k, tile * (kRows / 2), &full[slot], weight_policy);
-            copy_box(to + kRows / 2 * kRowBytes, &weight_map, k, p.out_features / 2 + tile * (kRows / 2), &full[slot],
-                     weight_policy);
+            const int gate = tile * (t.rows / 2), up = p.out_features / 2 + gate;
+            copy_box(to, &weight_map, k, gate, &full[slot], weight_policy);
+            copy_box(to + chunk_bytes / 2, &weight_map, k, up, &full[slot], weight_policy);
           } else {
-            copy_box(to, &weight_map, k, tile * kRows, &full[slot], weight_policy);
+            copy_box(to, &weight_map, k, tile * t.rows, &full[slot], weight_policy);
           }
         }
       };
       const auto load_x = [&](int step, int slot) {
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          copy_box(x_ring + slot * x_bytes + c * t.x_rows * kRowBytes, &x_map, (step * kChunks + c) * kChunk,
-                   first_token, &full[slot], x_policy);
+        for (int c = 0; c < t.chunks; ++c) {
+          copy_box(x_ring + (slot * t.chunks + c) * x_chunk_bytes, &x_map, (step * t.chunks + c) * kChunk,
+                   block_token, &full[slot], x_policy);
         }
       };
       // The weights are older than this step: the first ring of them travels while the previous kernel ends.
-      const int ahead = min(t.stages, own_tiles * t.steps);
+      const int ahead = min(t.stages, own_steps);
       for (int i = 0; i < ahead; ++i) load_weights(blockIdx.x + i / t.steps * gridDim.x, i % t.steps, i);
       wait_for_previous();
       for (int i = 0; i < ahead; ++i) load_x(i % t.steps, i);
 
       int slot = 0, step = ahead % t.steps, tile = blockIdx.x + ahead / t.steps * gridDim.x;
       uint32_t parity = 0;
-      for (int i = ahead; i < own_tiles * t.steps; ++i) {
+      for (int i = ahead; i < own_steps; ++i) {
         barrier_wait(&empty[slot], parity);
         load_weights(tile, step, slot);
         load_x(step, slot);
@@ -191,43 +141,105 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // ---- consumer ----
-  wait_for_previous();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Epilogue<T, kRows> epilogue{p, first_token + warp * 16 + lane / 4, lane % 4 * 2};
-  int slot = 0;
-  uint32_t parity = 0;
-  for (int tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
-    float d[kRows / 2];
-    int before = -1;
-    for (int step = 0; step < t.steps; ++step) {
-      barrier_wait(&full[slot], parity);
-      wgmma_fence();
+  const int row_warp = warp % t.row_warps, token_warp = warp / t.row_warps;
+  // Where in a chunk this lane's addresses for ldmatrix start; 16-byte column j of K is at start ^ (j << 4).
+  int weight_start[kStrips], x_start[kGroups];
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const uint64_t x_desc = swizzled_operand(x_ring + slot * x_bytes + c * t.x_rows * kRowBytes);
-        const uint64_t weight_desc = swizzled_operand(weight_ring + slot * kWeightBytes + c * kRows * kRowBytes);
+  for (int s = 0; s < kStrips; ++s) {
+    const int strip = row_warp * kStrips + s, half = lane / 8 % 2;
+    const int row = p.is_gated ? half * (t.rows / 2) + strip * 8 + lane % 8 : strip * 16 + lane % 16;
+    weight_start[s] = row * kRowBytes + ((lane / 16 ^ row % 8) << 4);
+  }
 #pragma unroll
-        for (int k16 = 0; k16 < kChunk / 16; ++k16) {
-          const bool keep = step > 0 || c > 0 || k16 > 0;
+  for (int g = 0; g < kGroups; ++g) {
+    const int token = (token_warp * kGroups + g) * 8 + lane % 8;
+    x_start[g] = token * kRowBytes + ((lane / 8 ^ token % 8) << 4);
+  }
+  // Half a chunk, two k16 steps, of operands.
+  struct Half {
+    uint32_t weight[kStrips][2][4], x[kGroups][4];
+  };
+  const auto load_half = [&](Half& to, int slot, int chunk, int half) {
+    const uint32_t weights = shared_address(weight_ring) + (slot * t.chunks + chunk) * chunk_bytes;
+    const uint32_t xs = shared_address(x_ring) + (slot * t.chunks + chunk) * x_chunk_bytes;
 #pragma unroll
-          for (int n = 0; n < kRows; n += kColumns) {
-            wgmma<kColumns>(d + n / 2, x_desc + k16 * 2, weight_desc + n * kRowBytes / 16 + k16 * 2, keep, T{});
-          }
+    for (int s = 0; s < kStrips; ++s) {
+      load_matrices(to.weight[s][0], weights + (weight_start[s] ^ half * 64));
+      load_matrices(to.weight[s][1], weights + (weight_start[s] ^ (half * 64 + 32)));
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) load_matrices(to.x[g], xs + (x_start[g] ^ half * 64));
+  };
+  float d[kStrips][kGroups][4] = {};
+  const auto multiply = [&](const Half& half) {
+#pragma unroll
+    for (int k16 = 0; k16 < 2; ++k16) {
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          mma<T>(d[s][g], half.weight[s][k16], half.x[g][2 * k16], half.x[g][2 * k16 + 1]);
         }
       }
-      wgmma_commit();
-      wgmma_wait<1>();  // the stage before is read: its slot can be filled
-      if (before >= 0 && lane == 0) barrier_arrive(&empty[before]);
-      before = slot;
-      if (++slot == t.stages) slot = 0, parity ^= 1;
     }
-    wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(&empty[before]);
-    if (p.is_gated) {
-      epilogue.gated_halves(d, tile);
-    } else {
-      epilogue.plain(d, tile);
+  };
+
+  wait_for_previous();
+  Half first, second;
+  int slot = 0, step = 0, tile = blockIdx.x;
+  uint32_t parity = 0;
+  barrier_wait(&full[0], 0);
+  load_half(first, 0, 0, 0);
+  for (int i = 0; i < own_steps; ++i) {
+    for (int c = 0; c < t.chunks - 1; ++c) {
+      load_half(second, slot, c, 1);
+      multiply(first);
+      load_half(first, slot, c + 1, 0);
+      multiply(second);
     }
+    load_half(second, slot, t.chunks - 1, 1);
+    multiply(first);
+    const int filled = slot;
+    if (++slot == t.stages) slot = 0, parity ^= 1;
+    if (i + 1 < own_steps) {
+      barrier_wait(&full[slot], parity);
+      load_half(first, slot, 0, 0);
+    }
+    multiply(second);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&empty[filled]);
+    if (++step < t.steps) continue;
+
+    // ---- epilogue ----
+    const Epilogue<T> end{p, 0, 0};
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      const int strip = row_warp * kStrips + s;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int token = block_token + (token_warp * kGroups + g) * 8 + lane % 4 * 2 + e;
+          if (p.is_gated) {
+            const int inner = p.out_features / 2, feature = tile * (t.rows / 2) + strip * 8 + lane / 4;
+            const T gate = end.rounded(d[s][g][e], feature), up = end.rounded(d[s][g][2 + e], inner + feature);
+            end.store(token, feature, inner, gated(p.activation, gate, up));
+            continue;
+          }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int feature = tile * t.rows + strip * 16 + h * 8 + lane / 4;
+            T y = end.rounded(d[s][g][2 * h + e], feature);
+            if (p.residual != nullptr) y = from_float<T>(end.before(token, feature) + to_float(y));
+            end.store(token, feature, p.out_features, y);
+          }
+        }
+#pragma unroll
+        for (float& sum : d[s][g]) sum = 0.0f;
+      }
+    }
+    step = 0;
+    tile += gridDim.x;
   }
 }
 
@@ -246,59 +258,79 @@ EncodeMap find_encoder() {
   return reinterpret_cast<EncodeMap>(function);
 }
 
-bool encode_map(CUtensorMap* map, DType dtype, const void* data, int columns, int rows, int64_t stride, int box_rows) {
+struct Matrix {
+  const void* data;
+  int rows, columns;
+  int64_t stride;
+};
+
+bool encode_map(CUtensorMap* map, DType dtype, const Matrix& matrix, int box_rows) {
   static const EncodeMap encode = find_encoder();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
   const cuuint32_t box[2] = {kChunk, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
   const auto type = dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode != nullptr &&
-         encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+         encode(map, type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Rows of weights in a tile. An SM's share of the traffic is (rows + x rows) for each of its tiles; the largest share
-// sets the time. 4096 → 32 (one tile on each of 128 SMs), 6144 → 48, 14336 → 112, 28672 → 224.
-int rows_for(int out_features, int x_rows, int sms) {
-  int best = 0, best_share = INT32_MAX;
-  for (const int rows : {224, 112, 64, 48, 32, 16}) {
-    const int tiles = (out_features + rows - 1) / rows;
-    const int share = (tiles + sms - 1) / sms * (rows + x_rows);
-    if (share < best_share) best = rows, best_share = share;
+// Two CTAs fit an SM, so that the next kernel's weights arrive while this one ends, unless half an SM then holds
+// too few bytes of weights to keep the memory busy (about 32 KB an SM for the time of one read).
+constexpr int kHalfSm = 112 * 1024, kWholeSm = 224 * 1024, kBusyBytes = 48 * 1024;
+constexpr int kMaxRows = 128;
+
+constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
+
+// Rows of a tile: every SM gets the same number of tiles, as few as the longest tile allows.
+int rows_for(int out_features, int sms, int granule) {
+  for (int waves = 1;; ++waves) {
+    const int rows = round_up((out_features + sms * waves - 1) / (sms * waves), granule);
+    if (rows <= kMaxRows) return rows;
   }
-  return best;
 }
 
-// Two CTAs fit an SM, so that the next kernel's weights arrive while this one ends, unless half an SM then holds too few
-// bytes of weights to keep the memory busy (about 32 KB an SM for the time of one read).
-constexpr int kHalfSm = 112 * 1024, kWholeSm = 224 * 1024, kBusyBytes = 48 * 1024;
-
-template <typename T, int kRows>
-cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int x_rows, int sms, cudaStream_t stream) {
-  constexpr int kChunks = chunks_of(kRows);
-  const int stage_bytes = kChunks * (kRows + x_rows) * kRowBytes;
-  const int half_stages = (kHalfSm - kHeaderBytes) / stage_bytes;
-  const int budget = half_stages * kChunks * kRows * kRowBytes >= kBusyBytes ? kHalfSm : kWholeSm;
+template <int kStrips, int kGroups>
+Tiling tiling_for(const SkinnyMatmulParams& p, int token_warps, int sms) {
   Tiling t{};
-  t.tiles = (p.out_features + kRows - 1) / kRows;
-  t.steps = (p.in_features + kChunks * kChunk - 1) / (kChunks * kChunk);
+  t.rows = rows_for(p.out_features, sms, 16 * kStrips);
+  t.tiles = (p.out_features + t.rows - 1) / t.rows;
+  t.row_warps = t.rows / (16 * kStrips);
+  t.token_warps = token_warps;
+  t.x_rows = 8 * kGroups * token_warps;
+  t.x_copied = min(p.tokens, kBlockTokens);
+  t.chunks = t.rows > 64 ? 1 : 2;
+  t.steps = (p.in_features + t.chunks * kChunk - 1) / (t.chunks * kChunk);
+  const int weight_bytes = t.chunks * t.rows * kRowBytes;
+  const int stage_bytes = weight_bytes + t.chunks * t.x_rows * kRowBytes;
+  const int half_stages = (kHalfSm - kHeaderBytes) / stage_bytes;
+  const int budget = half_stages * weight_bytes >= kBusyBytes ? kHalfSm : kWholeSm;
   t.stages = min(kMaxStages, (budget - kHeaderBytes) / stage_bytes);
-  t.x_rows = x_rows;
-  t.reuse = p.tokens > kTokens;
+  t.reread = p.tokens > kBlockTokens;
+  return t;
+}
+
+template <typename T, int kStrips, int kGroups>
+cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int token_warps, int sms, cudaStream_t stream) {
+  const Tiling t = tiling_for<kStrips, kGroups>(p, token_warps, sms);
   CUtensorMap weight_map, x_map;
-  const int box_rows = p.is_gated ? kRows / 2 : kRows;
-  if (!encode_map(&weight_map, dtype, p.weight, p.in_features, p.out_features, p.weight_stride, box_rows) ||
-      !encode_map(&x_map, dtype, p.x, p.in_features, p.tokens, p.x_stride, x_rows)) {
+  const Matrix weight{p.weight, p.out_features, p.in_features, p.weight_stride};
+  const Matrix x{p.x, p.tokens, p.in_features, p.x_stride};
+  if (!encode_map(&weight_map, dtype, weight, p.is_gated ? t.rows / 2 : t.rows) ||
+      !encode_map(&x_map, dtype, x, t.x_copied)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = skinny_matmul_kernel<T, kRows>;
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeSm)) {
+  const auto kernel = skinny_matmul_kernel<T, kStrips, kGroups>;
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeSm)) {
     return error;
   }
   const dim3 grid(static_cast<unsigned>(min(t.tiles, sms)),
-                  static_cast<unsigned>((p.tokens + kTokens - 1) / kTokens));
-  return launch(kernel, grid, kThreads, kHeaderBytes + t.stages * stage_bytes, stream, weight_map, x_map, p, t);
+                  static_cast<unsigned>((p.tokens + kBlockTokens - 1) / kBlockTokens));
+  const int threads = 32 * (t.row_warps * t.token_warps + 1);
+  const int shared_bytes = kHeaderBytes + t.stages * t.chunks * (t.rows + t.x_rows) * kRowBytes;
+  return launch(kernel, grid, threads, shared_bytes, stream, weight_map, x_map, p, t);
 }
 
 }  // namespace
@@ -308,12 +340,13 @@ cudaError_t skinny_matmul(const SkinnyMatmulParams& p, DType dtype, cudaStream_t
   int device = 0, sms = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return error;
-  const int x_rows = min(kTokens, (p.tokens + 7) / 8 * 8);
-  const int rows = rows_for(p.out_features, x_rows, sms);
   return by_half_dtype(dtype, [&]<typename T>() {
-    return by_at_least<16, 32, 48, 64, 112, 224>(rows, [&]<int kRows>() {
-      return launch_skinny<T, kRows>(p, dtype, x_rows, sms, stream);
-    });
+    if (p.tokens <= 8) return launch_skinny<T, 1, 1>(p, dtype, 1, sms, stream);
+    if (p.tokens <= 16) return launch_skinny<T, 1, 2>(p, dtype, 1, sms, stream);
+    if (p.tokens <= 32) return launch_skinny<T, 2, 2>(p, dtype, 2, sms, stream);
+    // Tiles of one warp's height leave room for four warps side by side, one on each scheduler.
+    if (rows_for(p.out_features, sms, 32) == 32) return launch_skinny<T, 2, 2>(p, dtype, 4, sms, stream);
+    return launch_skinny<T, 2, 4>(p, dtype, 2, sms, stream);
   });
 }
 

@@ -8,7 +8,7 @@
 namespace tgi {
 
 struct RmsNormParams {
-  const float* x;       // [tokens, hidden], rows x_stride apart
+  const float* x;  // [tokens, hidden], rows x_stride apart
   int64_t x_stride;
   float* residual;      // [tokens, hidden] or nullptr: x is added to it in place, and the sum is normalised
   const float* weight;  // [hidden]

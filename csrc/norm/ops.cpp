@@ -27,7 +27,8 @@ void rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps, const Tenso
   run(x, nullptr, weight, eps, out);
 }
 
-void add_rms_norm_cpu(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& out) {
+void add_rms_norm_cpu(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                      const Tensor& out) {
   check_dims(x, 2, "x");
   check_shape(residual, {x.size(0), x.size(1)}, "residual");
   run(x, write<float>(residual, "residual"), weight, eps, out);

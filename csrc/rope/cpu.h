@@ -1,4 +1,5 @@
-// Rotary position embedding, and the write of keys and values into their pages. Su et al. 2021, arXiv:2104.09864.
+// Rotary position embedding, and the write of keys and values into their pages. Su et al. 2021,
+// arXiv:2104.09864.
 #pragma once
 
 #include "common/parallel.h"
@@ -40,7 +41,8 @@ TGI_INLINE void rotate_token(const RotaryParams& p, int64_t token) {
   const int64_t slot = p.slots[token];
   if (slot < 0) return;
   const int64_t head_elements = kPageTokens * p.head_dim;
-  float* page = p.kv_pages + slot / kPageTokens * 2 * p.kv_heads * head_elements + slot % kPageTokens * p.head_dim;
+  float* page =
+      p.kv_pages + slot / kPageTokens * 2 * p.kv_heads * head_elements + slot % kPageTokens * p.head_dim;
   for (int64_t head = 0; head < p.kv_heads; ++head) {
     const float* k = p.k + token * p.k_stride + head * p.head_dim;
     float* to = page + head * head_elements;
@@ -54,7 +56,8 @@ TGI_INLINE void rotate_token(const RotaryParams& p, int64_t token) {
 void rotary_kv_write(const RotaryParams& p) {
   const int64_t rows = rows_per_task(p.tokens, (p.heads + 2 * p.kv_heads) * p.head_dim);
   parallel_for((p.tokens + rows - 1) / rows, [&](int64_t task) {
-    for (int64_t token = task * rows; token < p.tokens && token < (task + 1) * rows; ++token) rotate_token(p, token);
+    for (int64_t token = task * rows; token < p.tokens && token < (task + 1) * rows; ++token)
+      rotate_token(p, token);
   });
 }
 

@@ -8,10 +8,10 @@
 namespace tgi {
 
 struct RotaryParams {
-  float* q;            // [tokens, heads, head_dim], tokens q_stride apart; rotated in place
-  const float* k;      // [tokens, kv_heads, head_dim], tokens k_stride apart
-  const float* v;      // the same, tokens v_stride apart
-  float* kv_pages;     // [pages, 2, kv_heads, 16, head_dim]
+  float* q;                  // [tokens, heads, head_dim], tokens q_stride apart; rotated in place
+  const float* k;            // [tokens, kv_heads, head_dim], tokens k_stride apart
+  const float* v;            // the same, tokens v_stride apart
+  float* kv_pages;           // [pages, 2, kv_heads, 16, head_dim]
   const float* cos_sin;      // [positions, rot_dim]: rot_dim / 2 cosines, then as many sines
   const int32_t* positions;  // [tokens]
   const int64_t* slots;      // [tokens]: page · 16 + row, or −1: nothing is written

@@ -10,7 +10,8 @@ constexpr int64_t kPageTokens = 16;
 void check_heads(const Tensor& x, int64_t tokens, int64_t heads, int64_t head_dim, const char* name) {
   check_shape(x, {tokens, heads, head_dim}, name);
   check_cpu<float>(x, name);
-  check(x.stride(2) == 1 && (heads == 1 || x.stride(1) == head_dim), name, ": a token's heads are not contiguous");
+  check(x.stride(2) == 1 && (heads == 1 || x.stride(1) == head_dim), name,
+        ": a token's heads are not contiguous");
 }
 
 void check_range(const RotaryParams& p) {
@@ -18,13 +19,15 @@ void check_range(const RotaryParams& p) {
     const int64_t position = p.positions[token], slot = p.slots[token];
     check(position >= 0 && position < p.table_positions, "positions[", token, "] is ", position,
           "; cos_sin has rows for 0 to ", p.table_positions - 1);
-    check(slot >= -1 && slot < p.table_slots, "slots[", token, "] is ", slot, "; kv_pages has 0 to ", p.table_slots - 1);
+    check(slot >= -1 && slot < p.table_slots, "slots[", token, "] is ", slot, "; kv_pages has 0 to ",
+          p.table_slots - 1);
   }
 }
 
 void rotary_kv_write_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_pages,
-                         const Tensor& cos_sin, const Tensor& positions, const Tensor& slots, bool interleaved,
-                         const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+                         const Tensor& cos_sin, const Tensor& positions, const Tensor& slots,
+                         bool interleaved, const std::optional<Tensor>& q_norm,
+                         const std::optional<Tensor>& k_norm, double eps) {
   check_dims(q, 3, "q");
   check_dims(k, 3, "k");
   check_dims(cos_sin, 2, "cos_sin");
@@ -72,7 +75,8 @@ void rotary_kv_write_cpu(const Tensor& q, const Tensor& k, const Tensor& v, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
-      "rotary_kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) kv_pages, Tensor cos_sin, Tensor positions, "
+      "rotary_kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) kv_pages, Tensor cos_sin, Tensor "
+      "positions, "
       "Tensor slots, bool interleaved, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
 }
 

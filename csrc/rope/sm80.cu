@@ -12,33 +12,47 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// Elements of half a unit, units a lane has in a head, and heads a thread has in flight.
 template <typename T, bool kVector>
 struct Shape {
-  static constexpr int kWidth = kVector ? kVec<T> : 1;                            // elements of half a unit
+  static constexpr int kWidth = kVector ? kVec<T> : 1;
   static constexpr int kUnits = kRotaryMaxHeadDim / (2 * kWidth * 32) > 1 ? kRotaryMaxHeadDim / (2 * kWidth * 32) : 1;
-  static constexpr int kHeads = kVector ? 4 / kUnits : 1;                         // heads in flight a thread
+  static constexpr int kHeads = kVector ? 4 / kUnits : 1;
 };
 
-template <typename T, bool kVector>
-__device__ __forceinline__ void load_part(const T* from, float* to) {
-  if constexpr (kVector) {
-    const Vec<T> vec = load_streaming(from);
-#pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) to[i] = to_float(vec.at[i]);
-  } else {
-    to[0] = to_float(*from);
-  }
+// kWidth elements as they lie in memory.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Run {
+  T at[kWidth];
+};
+
+template <typename T, int kWidth>
+__device__ __forceinline__ Run<T, kWidth> load_run(const T* from) {
+  using Loaded = Run<T, kWidth>;
+  if constexpr (kWidth == kVec<T>) return __builtin_bit_cast(Loaded, load_streaming(from));
+  return {*from};
 }
 
-template <typename T, bool kVector>
-__device__ __forceinline__ void store_part(T* to, const float* from) {
-  if constexpr (kVector) {
-    Vec<T> vec;
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_run(T* to, const float* from) {
+  Run<T, kWidth> run;
 #pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) vec.at[i] = from_float<T>(from[i]);
-    store(to, vec);
+  for (int i = 0; i < kWidth; ++i) run.at[i] = from_float<T>(from[i]);
+  *reinterpret_cast<Run<T, kWidth>*>(to) = run;
+}
+
+// kWidth angles' cosines or sines.
+template <int kWidth>
+__device__ __forceinline__ void load_angles(const float* from, float* to) {
+  if constexpr (kWidth % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+      to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+    }
   } else {
-    *to = from_float<T>(from[0]);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) to[i] = __ldg(from + i);
   }
 }
 
@@ -95,14 +109,15 @@ __global__ void __launch_bounds__(kThreads) rotary_kv_write_kernel(const RotaryP
     if (head < p.kv_heads) return static_cast<const T*>(p.k) + token * p.k_stride + head * p.head_dim;
     return static_cast<const T*>(p.v) + token * p.v_stride + (head - p.kv_heads) * p.head_dim;
   };
-  const auto load_heads = [&](int head, float (&x)[kHeads][kUnits][2 * kWidth]) {
+  Run<T, kWidth> loaded[kHeads][kUnits][2] = {};
+  const auto load_heads = [&](int head) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h, head += groups) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         if (head >= all_heads || !unit[u].exists) continue;
-        load_part<T, kVector>(source(head) + unit[u].low, x[h][u]);
-        load_part<T, kVector>(source(head) + unit[u].high, x[h][u] + kWidth);
+        loaded[h][u][0] = load_run<T, kWidth>(source(head) + unit[u].low);
+        loaded[h][u][1] = load_run<T, kWidth>(source(head) + unit[u].high);
       }
     }
   };
@@ -110,36 +125,38 @@ __global__ void __launch_bounds__(kThreads) rotary_kv_write_kernel(const RotaryP
   let_next_start();
   wait_for_previous();
   const int64_t position = p.positions[token], slot = p.slots[token];
-  float x[kHeads][kUnits][2 * kWidth] = {};
-  load_heads(group, x);  // before the sines: their address waits for the position
+  load_heads(group);  // before the sines: their address waits for the position
 
   float cosine[kUnits][kWidth], sine[kUnits][kWidth];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (!unit[u].exists || unit[u].pair < 0) continue;
-      const float* row = p.cos_sin + position * p.rot_dim + unit[u].pair + i;
-      cosine[u][i] = __ldg(row);
-      sine[u][i] = __ldg(row + p.rot_dim / 2);
-    }
+    if (!unit[u].exists || unit[u].pair < 0) continue;
+    const float* row = p.cos_sin + position * p.rot_dim + unit[u].pair;
+    load_angles<kWidth>(row, cosine[u]);
+    load_angles<kWidth>(row + p.rot_dim / 2, sine[u]);
   }
 
   // Uniform over the warp, as the norm's shuffles need.
   for (int base = 0; base < all_heads; base += kHeads * groups) {
-    if (base > 0) load_heads(base + group, x);
+    if (base > 0) load_heads(base + group);
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const int head = base + h * groups + group;
       const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
       const T* norm = static_cast<const T*>(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
+      float x[kUnits][2 * kWidth];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+        for (int i = 0; i < 2 * kWidth; ++i) x[u][i] = to_float(loaded[h][u][i / kWidth].at[i % kWidth]);
+      }
       float scale = 1.0f;
       if (p.q_norm || p.k_norm) {
         float squares = 0.0f;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-          for (int i = 0; i < 2 * kWidth; ++i) squares = fmaf(x[h][u][i], x[h][u][i], squares);
+          for (int i = 0; i < 2 * kWidth; ++i) squares = fmaf(x[u][i], x[u][i], squares);
         }
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
           squares += __shfl_xor_sync(kFullWarp, squares, offset);
@@ -164,13 +181,13 @@ __global__ void __launch_bounds__(kThreads) rotary_kv_write_kernel(const RotaryP
         if (norm) {
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) {
-            x[h][u][i] *= scale * to_float(norm[unit[u].low + i]);
-            x[h][u][kWidth + i] *= scale * to_float(norm[unit[u].high + i]);
+            x[u][i] *= scale * to_float(norm[unit[u].low + i]);
+            x[u][kWidth + i] *= scale * to_float(norm[unit[u].high + i]);
           }
         }
-        if (!is_v && unit[u].pair >= 0) rotate<kWidth>(x[h][u], cosine[u], sine[u], p.interleaved);
-        store_part<T, kVector>(to + unit[u].low, x[h][u]);
-        store_part<T, kVector>(to + unit[u].high, x[h][u] + kWidth);
+        if (!is_v && unit[u].pair >= 0) rotate<kWidth>(x[u], cosine[u], sine[u], p.interleaved);
+        store_run<T, kWidth>(to + unit[u].low, x[u]);
+        store_run<T, kWidth>(to + unit[u].high, x[u] + kWidth);
       }
     }
   }

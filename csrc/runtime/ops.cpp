@@ -11,7 +11,8 @@ int64_t cpu_isa() { return static_cast<int64_t>(active_cpu_isa().load()); }
 int64_t cpu_isa_best() { return static_cast<int64_t>(best_cpu_isa()); }
 
 void set_cpu_isa(int64_t isa) {
-  check(isa >= 0 && isa <= cpu_isa_best(), "instruction set ", isa, " is not on this CPU; it has 0 to ", cpu_isa_best());
+  check(isa >= 0 && isa <= cpu_isa_best(), "instruction set ", isa, " is not on this CPU; it has 0 to ",
+        cpu_isa_best());
   active_cpu_isa().store(static_cast<CpuIsa>(isa));
 }
 

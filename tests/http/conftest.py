@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -27,6 +29,12 @@ class Served(TestServer):
 
 
 ALL = frozenset(GenerationRequest.__struct_fields__ + Sampling.__struct_fields__)
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Connections are tried on both loops: they differ in what a client that hangs up looks like."""
+    loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return loops if item.path.stem == "test_transport" else {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

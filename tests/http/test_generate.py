@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.http.conftest import ALL, Start
 from tests.http.events import read_events
 from tests.http.fake_engine import FakeEngine
@@ -152,3 +154,13 @@ async def test_a_tokenizer_may_know_ids_the_model_does_not(start: Start, say: Sa
     response = await client.post("/generate", json={"inputs": "hello"})
     assert response.status == 422
     assert "256" in (await response.json())["error"]
+
+
+async def test_a_prompt_that_brings_its_own_bos_is_warned_of(
+    start: Start, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start(say("a"))
+    await client.post("/generate", json={"inputs": "hello"})
+    assert "twice" not in caplog.text
+    await client.post("/generate", json={"inputs": "<|bos|>hello"})
+    assert "begins with <|bos|> twice" in caplog.text

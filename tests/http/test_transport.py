@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import uvloop
 from aiohttp.test_utils import TestClient
 
 from tests.http.conftest import Start
@@ -18,13 +17,6 @@ from tgi_server.http.state import Patience
 
 Say = Callable[..., FakeEngine]
 BODY = b'{"inputs": "x"}'
-
-
-@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    """Both loops: uvloop in service, asyncio where it cannot be had. They differ in what a hang-up looks like."""
-    policy: asyncio.AbstractEventLoopPolicy = request.param()
-    return policy
 
 
 def post(body: bytes = BODY, path: str = "/generate", headers: str = "") -> bytes:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgi_server.config import PAGE_TOKENS, ModelConfig
 from tgi_server.layers.batch import Batch
+from tgi_server.layers.paged import AnySequences
 from tgi_server.models.decoder import Decoder
 
 
@@ -60,8 +61,10 @@ class Paged:
             token_ids=torch.tensor(ids + [0] * padding),
             positions=torch.tensor([positions + [0] * padding], dtype=torch.int32),
             slots=torch.tensor(slots + [-1] * padding),
-            page_table=torch.tensor(table, dtype=torch.int32),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            kv_lens=torch.tensor(lengths, dtype=torch.int32),
+            attend=AnySequences(
+                torch.tensor(table, dtype=torch.int32),
+                torch.tensor(starts, dtype=torch.int32),
+                torch.tensor(lengths, dtype=torch.int32),
+            ),
             logit_rows=torch.arange(len(ids)),
         )

@@ -51,6 +51,16 @@ class Checkpoint:
         tensor: Tensor = self._file(name).get_tensor(name)
         return tensor
 
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Tensor `name`, as stored; the config asks for `shape`."""
+        found = self.shape(name)
+        if found != shape:
+            raise StartupError(
+                f"{self.folder}: {name} has shape {found}; config.json asks for {shape}. "
+                "One of the two belongs to another model"
+            )
+        return self.tensor(name)
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) along the first axis of tensor `name`; only they are read."""
         shape = self.shape(name)

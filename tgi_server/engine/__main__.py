@@ -15,11 +15,16 @@ import sys
 import torch
 
 from tgi_kernels.cpu import set_num_threads
+from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
-from tgi_server.engine.engine import Engine
+from tgi_server.engine.engine import Engine, Runner
+from tgi_server.engine.gpu_runner import GpuRunner
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.errors import StartupError
+from tgi_server.models import load_model
 
 _PR_SET_PDEATHSIG = 1
 
@@ -32,15 +37,28 @@ def main() -> int:
     try:
         config = channel.receive_config()
         channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
-        torch.set_num_threads(config.num_threads)
-        set_num_threads(config.num_threads)
-        Engine(config, CpuRunner(config), channel).run()
+        on_gpu = config.device != "cpu"
+        # While the GPU computes a step the next one is planned; a CPU has nothing to overlap.
+        Engine(config, _runner(config), channel, depth=1 if on_gpu else 0).run()
     except PeerGone:
         return 0
     except StartupError as error:
         channel.send(EngineStatus(phase="failed", detail=str(error)))
         return 1
     return 0
+
+
+def _runner(config: EngineConfig) -> Runner:
+    if config.device == "cpu":
+        torch.set_num_threads(config.num_threads)
+        set_num_threads(config.num_threads)
+        return CpuRunner(config)
+    device, dtype = torch.device(config.device), torch.bfloat16
+    model_config = ModelConfig.from_folder(config.model)
+    weights = (
+        DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
+    )
+    return GpuRunner(config, load_model(weights, model_config, device, dtype), dtype)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.plan import Plan
 from tgi_server.layers.batch import Batch
+from tgi_server.layers.paged import AnySequences
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ class HostBatch:
             token_ids=torch.from_numpy(self.token_ids),
             positions=torch.from_numpy(self.positions.astype(np.int32)).unsqueeze(0),
             slots=torch.from_numpy(self.slots),
-            page_table=torch.from_numpy(self.page_table),
-            query_starts=torch.from_numpy(self.query_starts.astype(np.int32)),
-            kv_lens=torch.from_numpy(self.kv_lens.astype(np.int32)),
+            attend=AnySequences(
+                torch.from_numpy(self.page_table),
+                torch.from_numpy(self.query_starts.astype(np.int32)),
+                torch.from_numpy(self.kv_lens.astype(np.int32)),
+            ),
             logit_rows=torch.from_numpy(self.logit_rows),
         )
 

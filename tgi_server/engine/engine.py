@@ -8,15 +8,24 @@ from collections import deque
 from typing import Protocol
 
 from tgi_server.config import EngineConfig
-from tgi_server.engine.channel import Channel
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.request import Cancel, EngineStatus, StepEvents, ToEngine, TokenEvent
+from tgi_server.engine.request import Cancel, EngineStatus, FromEngine, StepEvents, ToEngine, TokenEvent
 from tgi_server.engine.scheduler import Limits, Scheduler
 
 _STATUS_EVERY_S = 0.5
 
 log = logging.getLogger(__name__)
+
+
+class Wire(Protocol):
+    """Where requests come from and events go: a Channel, or a list in a benchmark."""
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        """What has arrived, waiting up to `timeout_s` for the first message."""
+
+    def send(self, message: FromEngine) -> None:
+        """Queue a message; never waits."""
 
 
 class Launched(Protocol):
@@ -38,7 +47,7 @@ class Runner(Protocol):
 class Engine:
     """One scheduler and one runner behind a channel. `depth` steps may be under way while the next is planned."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, channel: Channel, depth: int = 0) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, channel: Wire, depth: int = 0) -> None:
         limits = Limits(config.max_batch_tokens, config.max_sequences, config.max_queue, config.target_s)
         self._pool = PagePool(runner.num_pages)
         self._scheduler = Scheduler(self._pool, limits, time.monotonic)

@@ -10,12 +10,12 @@ from uuid import uuid4
 
 from aiohttp import web
 
-from tgi_server.errors import ErrorKind, Flavour, UserError
+from tgi_server.errors import Flavour
 from tgi_server.http.answers import json_response, sse_event
 from tgi_server.http.body import read_fields
+from tgi_server.http.chat_prompt import encode_chat, render_chat
 from tgi_server.http.choices import collect, generate_each
 from tgi_server.http.generation import Job, Piece
-from tgi_server.http.messages import read_messages
 from tgi_server.http.openai import (
     DONE,
     check_model,
@@ -25,11 +25,10 @@ from tgi_server.http.openai import (
     usage,
 )
 from tgi_server.http.parameters import MAX_OPENAI_TOP_TOKENS, Parameters, read_openai, refuse_unhonoured
-from tgi_server.http.prompt import encode, room_for_answer
+from tgi_server.http.prompt import room_for_answer
 from tgi_server.http.schema import Fields, ignored_header
 from tgi_server.http.sse import stream_events
 from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT, VERSION
-from tgi_server.text.text import Text
 from tgi_server.text.tokenizer import Tokenizer
 
 
@@ -65,33 +64,6 @@ async def answer_chat(request: web.Request, fields: Fields) -> web.StreamRespons
     return json_response(body, headers=query.headers)
 
 
-def render_chat(text: Text, fields: Fields) -> str:
-    """The prompt for a body's messages, by the model's template."""
-    messages = read_messages(fields)
-    if text.template is None:
-        raise UserError(
-            ErrorKind.INVALID,
-            "this model has no chat template; put a chat_template.jinja in its folder, or use /generate",
-            "messages",
-        )
-    final = messages[-1]
-    unfinished = final["role"] == "assistant" and not final.get("tool_calls")
-    continues = fields.flag("continue_final_message")
-    add_prompt = fields.flag("add_generation_prompt")
-    if continues and (add_prompt or not unfinished):
-        fields.refuse(
-            "continue_final_message", "needs a last message of the assistant and no add_generation_prompt"
-        )
-    if continues is None:  # as TGI: an answer begun is gone on with
-        continues = unfinished and add_prompt is None
-    return text.template.render(
-        messages,
-        add_generation_prompt=add_prompt is not False,
-        continue_final_message=continues,
-        extra=_template_variables(fields),
-    )
-
-
 async def read_query(app: web.Application, fields: Fields) -> Query:
     config, text = app[CONFIG], app[TEXT]
     model = check_model(config, fields)
@@ -99,8 +71,7 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
     parameters = _parameters(fields, app[HONOURED], text.vocab_size)
     stream = fields.flag("stream") is True
     include_usage = read_stream_options(fields, stream=stream)
-    prompt = render_chat(text, fields)
-    ids = await encode(text, config, prompt, "messages", add_special_tokens=False)
+    ids = await encode_chat(app, render_chat(app, fields))
     limit_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     room = room_for_answer(config, len(ids), parameters.max_new_tokens, "messages", limit_field)
     return Query(
@@ -121,16 +92,6 @@ def _parameters(fields: Fields, honoured: frozenset[str], vocab_size: int) -> Pa
     if top:
         refuse_unhonoured(fields, "top_logprobs", "top_logprobs", honoured)
     return replace(read_openai(fields, honoured, vocab_size), logprobs=logprobs, top_logprobs=top)
-
-
-def _template_variables(fields: Fields) -> Mapping[str, object]:
-    """Variables for the template; none may take the place of one the server sets."""
-    child = fields.child("chat_template_kwargs")
-    variables = {} if child is None else {name: child.raw(name) for name in child.names()}
-    for name in ("messages", "tools", "documents", "add_generation_prompt", "tokenize"):
-        if child is not None and name in variables:
-            child.refuse(name, "is set by the server; leave it out")
-    return variables
 
 
 def _head(query: Query, kind: str, version: str) -> dict[str, object]:

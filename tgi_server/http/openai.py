@@ -9,13 +9,16 @@ from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.schema import Fields, shown
 from tgi_server.text.tokenizer import Tokenizer
 
+# `tgi` is what TGI's documentation says; huggingface_hub's client sends `dummy` when it is given a URL.
+_PLACEHOLDERS = ("tgi", "dummy")
+
 DONE: Final = b"data: [DONE]\n\n"
 
 
 def check_model(config: ServerConfig, fields: Fields) -> str:
-    """The model's name to answer under: it may be left out, be `tgi`, or the served one."""
+    """The model's name to answer under: it may be left out, be a placeholder, or the served one."""
     name = fields.text("model")
-    if name is None or name in ("tgi", config.model_id):
+    if name is None or name in (config.model_id, *_PLACEHOLDERS):
         return config.model_id
     raise UserError(
         ErrorKind.NOT_FOUND, f"there is no model {shown(name)}; this server has {config.model_id!r}", "model"

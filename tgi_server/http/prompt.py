@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from tgi_server.config import ServerConfig
 from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.schema import check_integer, invalid
 from tgi_server.text.text import Text
+
+log = logging.getLogger(__name__)
 
 # Encoding costs about a microsecond per character: longer texts go to a thread, so that streams keep flowing.
 _INLINE_CHARS = 2000
@@ -30,6 +33,14 @@ async def encode(
             text.tokenizer.encode_batch, [prompt], add_special_tokens=add_special_tokens
         )
         ids = batches[0]
+    if ids[:1] == ids[1:2] and ids[0] in text.tokenizer.special_ids and add_special_tokens:
+        token = text.tokenizer.token(ids[0])
+        log.warning("a prompt begins with %s twice: the tokenizer adds it, so the text should not", token)
+    return check_encoded(text, ids, field)
+
+
+def check_encoded(text: Text, ids: list[int], field: str) -> list[int]:
+    """Ids the tokenizer made, if there are any and the model knows them all."""
     if not ids:
         invalid(field, "is empty; give a text of at least one token")
     if max(ids) >= text.vocab_size:

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from tgi_server.http.answers import json_response
 from tgi_server.http.body import read_fields
-from tgi_server.http.chat import render_chat
+from tgi_server.http.chat_prompt import render_chat, tokenize_chat
 from tgi_server.http.openai import check_model
 from tgi_server.http.prompt import check_ids, check_length
 from tgi_server.http.schema import ignored_header
@@ -20,14 +20,18 @@ _MAX_IDS = 1_000_000
 
 async def post_tokenize(request: web.Request) -> web.Response:
     """TGI's: a `/generate` body in, an array of tokens out. The parameters change nothing."""
+    text = request.app[TEXT]
     fields = await read_fields(request)
     fields.raw("parameters")
     special = fields.flag("add_special_tokens") is not False
     prompt = fields.text("inputs")
     if prompt is None:
         fields.refuse("inputs", "is missing; give the text to tokenize")
-    tokens = await _tokens(request.app, prompt, "inputs", add_special_tokens=special)
-    return json_response(tokens, headers=ignored_header(fields.ignored()))
+    check_length(text, request.app[CONFIG], prompt, "inputs")
+    ids, offsets = await asyncio.to_thread(
+        text.tokenizer.encode_with_offsets, prompt, add_special_tokens=special
+    )
+    return json_response(_describe(prompt, ids, offsets), headers=ignored_header(fields.ignored()))
 
 
 async def post_detokenize(request: web.Request) -> web.Response:
@@ -44,20 +48,8 @@ async def post_chat_tokenize(request: web.Request) -> web.Response:
     """A chat's prompt as the model will see it, and its tokens; other fields change nothing."""
     fields = await read_fields(request)
     check_model(request.app[CONFIG], fields)
-    prompt = render_chat(request.app[TEXT], fields)
-    tokens = await _tokens(request.app, prompt, "messages", add_special_tokens=False)
-    return json_response({"tokenize_response": tokens, "templated_text": prompt})
-
-
-async def _tokens(
-    app: web.Application, prompt: str, field: str, *, add_special_tokens: bool
-) -> list[dict[str, object]]:
-    text = app[TEXT]
-    check_length(text, app[CONFIG], prompt, field)
-    ids, offsets = await asyncio.to_thread(
-        text.tokenizer.encode_with_offsets, prompt, add_special_tokens=add_special_tokens
-    )
-    return _describe(prompt, ids, offsets)
+    prompt, ids, offsets = await tokenize_chat(request.app, render_chat(request.app, fields))
+    return json_response({"tokenize_response": _describe(prompt, ids, offsets), "templated_text": prompt})
 
 
 def _describe(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[dict[str, object]]:

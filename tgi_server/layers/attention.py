@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tgi_kernels.attention import attention
-from tgi_kernels.rope import rotary_kv_write
 from torch import Tensor, nn
 
+from tgi_kernels.rope import rotary_kv_write
 from tgi_server.config import ModelConfig
 from tgi_server.layers.batch import Batch
 from tgi_server.layers.cache import CacheSpec
@@ -73,14 +72,6 @@ class Attention(nn.Module):
             k_norm=norms.k if norms else None,
             eps=self.eps,
         )
-        out = attention(
-            q,
-            kv_pages,
-            batch.page_table,
-            batch.query_starts,
-            batch.kv_lens,
-            self.head_dim**-0.5,
-            window=self.window,
-        )
+        out = batch.attend(q, kv_pages, self.head_dim**-0.5, window=self.window)
         update: Tensor = self.o(out.flatten(1))
         return update

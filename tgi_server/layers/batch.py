@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Attend(Protocol):
+    """Knows the step's sequences and their pages; `layers.paged` has one for each kind of step."""
+
+    def __call__(self, q: Tensor, kv_pages: Tensor, scale: float, *, window: int) -> Tensor:
+        """softmax(q · k · scale) · v, causal, for every token of the step.
+
+        q: [tokens, heads, head_dim]. kv_pages: one layer's [pages, 2, kv_heads, 16, head_dim]. `window`: how
+        many tokens one sees, itself included; 0 is all. Returns a tensor like q.
+        """
 
 
 @dataclass(frozen=True)
 class Batch:
     """The tokens of one step, sequence after sequence, and where their keys and values live.
 
-    A slot is page · 16 + row. Padding tokens have slot -1 and are sequences of their own, after the others;
-    what is computed for them is left unread.
+    A slot is page · 16 + row. Padding tokens have slot -1; what is computed for them is left unread.
     """
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [axes, tokens] int32; one axis for text
     slots: Tensor  # [tokens] int64
-    page_table: Tensor  # [seqs, max_pages] int32
-    query_starts: Tensor  # [seqs + 1] int32: sequence i has tokens query_starts[i] to query_starts[i + 1]
-    kv_lens: Tensor  # [seqs] int32, this step's tokens included
+    attend: Attend
     logit_rows: Tensor  # [rows] int64: the tokens whose logits are wanted

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tgi_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from torch import Tensor, nn
 
+from tgi_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear

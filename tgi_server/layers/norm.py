@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tgi_kernels.norm import add_rms_norm, rms_norm
 from torch import Tensor, nn
 
+from tgi_kernels.norm import add_rms_norm, rms_norm
 from tgi_server.layers.weights import Weights
 
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.errors import StartupError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Source(Protocol):
+    """Named tensors: a checkpoint, or made-up ones for measuring."""
+
+    folder: Path
+
+    def names(self) -> frozenset[str]:
+        """What there is; a source that makes tensors up has no names but reads all."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as stored. Raises StartupError if it is missing or its shape is another."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Weights:
     `dtype` is the type of activations and of the KV cache; `Linear` decides what type its matrix has.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     device: torch.device
     dtype: torch.dtype
     prefix: str = ""
@@ -44,13 +57,7 @@ class Weights:
         Raises StartupError if its shape is not `shape` or its type is no float of 16 or 32 bits.
         """
         name = self.name(leaf)
-        found = self.checkpoint.shape(name)
-        if found != shape:
-            raise StartupError(
-                f"{self.checkpoint.folder}: {name} has shape {found}; config.json asks for {shape}. "
-                "One of the two belongs to another model"
-            )
-        tensor = self.checkpoint.tensor(name)
+        tensor = self.checkpoint.read(name, shape)
         if tensor.dtype not in FLOATS:
             raise StartupError(
                 f"{self.checkpoint.folder}: {name} is stored as {tensor.dtype}; bfloat16, float16 and "

@@ -7,10 +7,9 @@ from typing import Final
 
 import torch
 
-from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
-from tgi_server.layers.weights import Weights
+from tgi_server.layers.weights import Source, Weights
 from tgi_server.models import llama, mistral, qwen2, qwen3
 from tgi_server.models.decoder import Decoder
 
@@ -23,7 +22,7 @@ ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
 
 
 def load_model(
-    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Decoder:
     """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
 

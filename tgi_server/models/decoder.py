@@ -55,6 +55,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(model.at("norm"), hidden, config.norm_eps)
         head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
         self.head = Linear(weights, [head], hidden, [vocab])
+        self.num_heads = config.num_heads
         self.cache_specs: tuple[CacheSpec, ...] = tuple(block.attention.cache_spec for block in blocks)
 
     def embed(self, batch: Batch) -> Tensor:

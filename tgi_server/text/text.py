@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tgi_server.config import ModelConfig
 from tgi_server.text.template import ChatTemplate
 from tgi_server.text.tokenizer import Tokenizer
+from tgi_server.text.verbatim import Verbatim
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,10 @@ class Text:
     template: ChatTemplate | None
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+
+    @cached_property
+    def verbatim(self) -> Verbatim:
+        return Verbatim(self.tokenizer)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,9 +26,9 @@ class Tokenizer:
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        self._special = {i: token for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids: frozenset[int] = frozenset(self._special)
+        self.special_tokens: tuple[str, ...] = tuple(token.content for token in self._special.values())
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -65,6 +65,29 @@ class Tokenizer:
         """Ids of a text, and for each the range of characters it came from."""
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
+
+    def blind_to_special(self, stand_ins: Mapping[str, str]) -> tuple[Tokenizer, dict[int, int]]:
+        """A copy to which special tokens are text like any other, and their `stand_ins` are the tokens.
+
+        stand_ins: special token to the text that stands for it. Returned with it: which id of the copy stands
+        for which of this tokenizer's.
+        """
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        copy.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    stand_ins[token.content], normalized=False, lstrip=token.lstrip, rstrip=token.rstrip
+                )
+                for token in self._special.values()
+            ]
+        )
+        back = {
+            copied: token_id
+            for token_id, token in self._special.items()
+            if (copied := copy.token_to_id(stand_ins[token.content])) is not None
+        }
+        return Tokenizer(copy), back
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""

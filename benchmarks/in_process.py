@@ -1,0 +1,117 @@
+"""The engine without its process and its socket: real scheduler, runner and step loop, requests from a list."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.config import EngineConfig, ModelConfig
+from tgi_server.engine.engine import Engine
+from tgi_server.engine.gpu_runner import GpuRunner
+from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
+from tgi_server.models import load_model
+
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass
+class Wire:
+    """Requests to hand over at the next step, and the time of every token that came back."""
+
+    requests: list[ToEngine] = field(default_factory=list)
+    token_times: dict[str, list[float]] = field(default_factory=dict)
+    finished: int = 0
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        del timeout_s
+        arrived, self.requests = self.requests, []
+        return arrived
+
+    def send(self, message: FromEngine) -> None:
+        if isinstance(message, StepEvents):
+            now = time.perf_counter()
+            for event in message.events:
+                assert not event.error, event.error
+                self.token_times.setdefault(event.id, []).extend([now] * len(event.token_ids))
+                self.finished += event.finish is not None
+
+
+@dataclass
+class InProcess:
+    engine: Engine
+    wire: Wire
+    vocab_size: int
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+    _count: int = 0
+
+    def ask(self, prompt_tokens: int, new_tokens: int) -> str:
+        """Queue a request with a random prompt (so that no prefix is found); its id."""
+        self._count += 1
+        prompt = self._random.choices(range(1000, self.vocab_size), k=prompt_tokens)
+        name = str(self._count)
+        self.wire.requests.append(GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new_tokens))
+        return name
+
+    def finish(self) -> None:
+        """Step until everything asked for is answered."""
+        while self.wire.finished < self._count:
+            self.engine.step()
+
+    def warm_up(self, batch_tokens: int) -> None:
+        """Run every kernel once, the largest step included."""
+        for tokens in (1, 17, 512, batch_tokens):
+            self.ask(tokens, 3)
+            self.finish()
+
+
+def llama_8b_on_gpu(
+    max_sequences: int, max_total_tokens: int, max_batch_tokens: int, config: dict[str, object] | None = None
+) -> InProcess:
+    """Random weights of Llama 3.1 8B's shape (or `config`'s) on the GPU, bf16."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(config or LLAMA_3_1_8B), encoding="utf-8")
+    model_config = ModelConfig.from_folder(folder)
+    engine_config = EngineConfig(
+        model=folder,
+        max_total_tokens=max_total_tokens,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        max_queue=4096,
+        num_pages=0,
+        num_threads=1,
+        target_s=10.0,  # measure steps as they come, not as a latency target would cut them
+        device="cuda",
+        dummy_weights=True,
+    )
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    model = load_model(DummyCheckpoint(folder, device, dtype), model_config, device, dtype)
+    wire = Wire()
+    engine = Engine(engine_config, GpuRunner(engine_config, model, dtype), wire, depth=1)
+    return InProcess(engine, wire, model_config.vocab_size)
