@@ -36,7 +36,7 @@ cuda: $(VENV)/.cuda
 $(VENV)/.environment: constraints-cpu.txt pyproject.toml
 	@echo "creating $(VENV) and installing what the build needs"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints-cpu.txt torch numpy setuptools wheel cmake ninja pybind11
+	@$(PIP) install -c constraints-cpu.txt torch numpy 'setuptools>=77' wheel cmake ninja pybind11
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)

@@ -1,6 +1,6 @@
 """Steps of Llama 3.1 8B (random weights) through the engine: time of a decode step, time to a prompt's first id.
 
-    python -m benchmarks.decode
+python -m benchmarks.decode
 """
 
 from __future__ import annotations

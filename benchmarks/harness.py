@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tgi_kernels.cpu import isa, num_threads
+
 ROOT = Path(__file__).resolve().parent.parent
 Launch = Callable[[], object]
 
@@ -142,6 +144,11 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     return f"cpu-{platform.machine()}"
+
+
+def cpu_name() -> str:
+    """The folder of results/ for CPU figures: the kernels' instruction set and the threads that compute."""
+    return f"cpu-{isa()}-{num_threads()}core"
 
 
 def copies_for(bytes_each: int) -> int:

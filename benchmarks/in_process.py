@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.engine import Engine
 from tgi_server.engine.gpu_runner import GpuRunner
@@ -47,6 +48,7 @@ class Wire:
 
     requests: list[ToEngine] = field(default_factory=list)
     token_times: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # id and logprob
     finished: int = 0
 
     def receive(self, timeout_s: float) -> list[ToEngine]:
@@ -60,6 +62,7 @@ class Wire:
             for event in message.events:
                 assert not event.error, event.error
                 self.token_times.setdefault(event.id, []).extend([now] * len(event.token_ids))
+                self.tokens.setdefault(event.id, []).extend(zip(event.token_ids, event.logprobs, strict=True))
                 self.finished += event.finish is not None
 
 
@@ -73,8 +76,11 @@ class InProcess:
 
     def ask(self, prompt_tokens: int, new_tokens: int) -> str:
         """Queue a request with a random prompt (so that no prefix is found); its id."""
+        return self.submit(self._random.choices(range(self.vocab_size), k=prompt_tokens), new_tokens)
+
+    def submit(self, prompt: list[int], new_tokens: int) -> str:
+        """Queue a request; its id."""
         self._count += 1
-        prompt = self._random.choices(range(1000, self.vocab_size), k=prompt_tokens)
         name = str(self._count)
         self.wire.requests.append(GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new_tokens))
         return name
@@ -91,27 +97,35 @@ class InProcess:
             self.finish()
 
 
-def llama_8b_on_gpu(
-    max_sequences: int, max_total_tokens: int, max_batch_tokens: int, config: dict[str, object] | None = None
-) -> InProcess:
-    """Random weights of Llama 3.1 8B's shape (or `config`'s) on the GPU, bf16."""
+def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens: int) -> InProcess:
+    """Random weights of Llama 3.1 8B's shape."""
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(config or LLAMA_3_1_8B), encoding="utf-8")
-    model_config = ModelConfig.from_folder(folder)
-    engine_config = EngineConfig(
-        model=folder,
-        max_total_tokens=max_total_tokens,
-        max_batch_tokens=max_batch_tokens,
-        max_sequences=max_sequences,
-        max_queue=4096,
-        num_pages=0,
-        num_threads=1,
-        target_s=10.0,  # measure steps as they come, not as a latency target would cut them
-        device="cuda",
-        dummy_weights=True,
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_1_8B), encoding="utf-8")
+    return on_gpu(
+        EngineConfig(
+            model=folder,
+            max_total_tokens=max_total_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            max_queue=4096,
+            num_pages=0,
+            num_threads=1,
+            target_s=10.0,  # measure steps as they come, not as a latency target would cut them
+            device="cuda",
+            dummy_weights=True,
+        )
     )
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    model = load_model(DummyCheckpoint(folder, device, dtype), model_config, device, dtype)
+
+
+def on_gpu(config: EngineConfig, depth: int = 1) -> InProcess:
+    """The engine of `config` in this process, in bf16."""
+    device, dtype = torch.device(config.device), torch.bfloat16
+    model_config = ModelConfig.from_folder(config.model)
+    weights = (
+        DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
+    )
+    model = load_model(weights, model_config, device, dtype)
     wire = Wire()
-    engine = Engine(engine_config, GpuRunner(engine_config, model, dtype), wire, depth=1)
-    return InProcess(engine, wire, model_config.vocab_size)
+    return InProcess(
+        Engine(config, GpuRunner(config, model, dtype), wire, depth), wire, model_config.vocab_size
+    )

@@ -8,6 +8,7 @@ import re
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -26,11 +27,29 @@ START_TIMEOUT_S = 60
 class Server:
     process: subprocess.Popen[bytes]
     url: str
+    log_file: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.split("://")[1].rsplit(":", 1)
+        return host, int(port)
+
+    @property
+    def log(self) -> str:
+        """What it has written to standard error so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     @property
     def engine(self) -> psutil.Process:
-        """The one child process."""
-        (child,) = psutil.Process(self.process.pid).children()
+        """The child process that computes."""
+        return self._child("tgi_server.engine")
+
+    def _child(self, module: str) -> psutil.Process:
+        (child,) = [
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if child.status() != psutil.STATUS_ZOMBIE and module in child.cmdline()
+        ]
         return child
 
     def post(self, path: str, body: object, timeout_s: float = 120) -> dict[str, object]:
@@ -59,14 +78,32 @@ class Server:
 def running_server(*options: str, model: Path = DEMO) -> Iterator[Server]:
     """Start `tgi-server serve` on a free port and wait for its ready line."""
     assert (model / "config.json").exists(), f"{model} is missing; `make test` fetches it"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tgi_server.cli", "serve", "--model-id", str(model), "--port", "0", *options],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "tgi_server.cli",
+        "serve",
+        "--model-id",
+        str(model),
+        "--port",
+        "0",
+        *options,
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
+        with _ended(process, log_file):
+            yield Server(process, _ready_url(process), log_file)
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes], log_file: Path) -> Iterator[None]:
+    """End the process in the end; what it had to say goes where pytest shows it for a failed test."""
     try:
-        yield Server(process, _ready_url(process))
+        yield
     finally:
+        sys.stderr.write(log_file.read_text(encoding="utf-8", errors="replace")[-4000:])
         process.terminate()
         try:
             process.wait(timeout=15)
@@ -86,7 +123,7 @@ def _ready_url(process: subprocess.Popen[bytes]) -> str:
         while time.monotonic() < deadline:
             selector.select(timeout=1)
             seen += process.stdout.read() or b""
-            if ready := re.search(rb"is ready on (http://\S+)\n", seen):
+            if ready := re.search(rb"is ready on (https?://\S+)\n", seen):
                 return ready.group(1).decode()
             assert process.poll() is None, f"the server ended with {process.returncode}: {seen!r}"
     raise AssertionError(f"not ready within {START_TIMEOUT_S} s: {seen!r}")

@@ -1,4 +1,8 @@
-"""Checks of arguments: errors that name the argument, its numbers, and what would be right."""
+"""Checks of arguments: errors that name the argument, its numbers, and what would be right.
+
+The ops check what guards memory, themselves and briefly. Where one refuses its arguments, the functions here say
+why in full; they take longer than the smaller ops do, so a call that goes well does without them.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tgi_kernels._check import check_alike, check_contiguous, check_shape
@@ -32,14 +31,21 @@ def gelu_tanh_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _gated(op: Any, x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    try:
+        op(x, out)
+    except RuntimeError:
+        _check(x, out)
+        raise
+    return out
+
+
+def _check(x: Tensor, out: Tensor) -> None:
     check_shape("x", x, ("tokens", "2·inner"))
     if x.shape[1] % 2:
         raise ValueError(f"x has {x.shape[1]} columns; gate and up side by side make an even number")
     check_contiguous("x", x)
-    if out is None:
-        out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype, device=x.device)
     check_shape("out", out, (x.shape[0], x.shape[1] // 2))
     check_alike("out", out, "x", x)
     check_contiguous("out", out)
-    op(x, out)
-    return out

@@ -50,6 +50,30 @@ def attention(
     Raises ValueError for arguments that do not fit each other; on CPUs RuntimeError for lengths or pages out
     of range.
     """
+    if window < 0 or softcap < 0:
+        raise ValueError(f"window is {window} and softcap {softcap}; both are positive, or 0 for none")
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    try:
+        ops.attention(
+            q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks, out
+        )
+    except RuntimeError:
+        _check(q, kv_pages, page_table, query_starts, kv_lens, alibi_slopes, sinks, out)
+        raise
+    return out
+
+
+def _check(
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
     check_shape("q", q, ("tokens", "heads", "head_dim"))
     _, heads, head_dim = q.shape
     check_shape("kv_pages", kv_pages, ("pages", 2, "kv_heads", PAGE_TOKENS, head_dim))
@@ -71,14 +95,6 @@ def attention(
         if per_head is not None:
             check_shape(name, per_head, (heads,))
             check_dtype(name, per_head, torch.float32)
-    if window < 0 or softcap < 0:
-        raise ValueError(f"window is {window} and softcap {softcap}; both are positive, or 0 for none")
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     check_shape("out", out, q.shape)
     check_alike("out", out, "q", q)
     check_contiguous("out", out)
-    ops.attention(
-        q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks, out
-    )
-    return out

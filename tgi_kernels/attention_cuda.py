@@ -80,18 +80,22 @@ def attention_prefill(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for every query against the keys of its sequence up to its own position.
 
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
     may lie apart. query_starts: [seqs + 1] int32. max_query_len: the most queries of a sequence, if known.
+    workspace: two int32 zeros, left as they were; calls that run at once need one each. Without it, one is made.
     The other arguments are those of `attention_decode`. Returns out, like q.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if workspace is None:
+        workspace = torch.zeros(2, dtype=torch.int32, device=q.device)
     ops.attention_prefill(
         out, q, kv_pages, page_table, query_starts, kv_lens, max_query_len, scale, window, softcap,
-        alibi_slopes, sinks, k_scale, v_scale,
+        alibi_slopes, sinks, k_scale, v_scale, workspace,
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
+from tgi_kernels.skinny_matmul import is_skinny, skinny_matmul
 
 register_fakes("pack_linear", "linear")
 
@@ -52,18 +53,30 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, out: Ten
     out: [tokens, out_features], allocated when not given. Returns out.
     On CPUs every output is summed along in_features in one order, for any number of tokens and threads.
     """
+    if not x.is_cpu:
+        _check(x, packed, bias)
+        if is_skinny(x, packed.data):
+            return skinny_matmul(x, packed.data, bias, out=out)
+        product = functional.linear(x, packed.data, bias)
+        return product if out is None else out.copy_(product)
+    if out is None:
+        out = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
+    else:
+        check_shape("out", out, (x.shape[0], packed.out_features))
+    try:
+        ops.linear(x, packed.data, bias, out)
+    except RuntimeError:
+        _check(x, packed, bias)
+        check_alike("out", out, "x", x)
+        check_contiguous("out", out)
+        raise
+    return out
+
+
+def _check(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> None:
     check_shape("x", x, ("tokens", packed.in_features))
     if bias is not None:
         check_shape("bias", bias, (packed.out_features,))
         check_alike("bias", bias, "x", x)
-    if x.device.type != "cpu":
-        product = functional.linear(x, packed.data, bias)
-        return product if out is None else out.copy_(product)
-    check_dtype("x", x, torch.float32)
-    if out is None:
-        out = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
-    check_shape("out", out, (x.shape[0], packed.out_features))
-    check_alike("out", out, "x", x)
-    check_contiguous("out", out)
-    ops.linear(x, packed.data, bias, out)
-    return out
+    if x.is_cpu:
+        check_dtype("x", x, torch.float32)

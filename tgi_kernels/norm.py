@@ -18,8 +18,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     given. Returns out.
     Raises ValueError for shapes, dtypes or devices that do not fit each other.
     """
-    out = _prepare(x, weight, out)
-    ops.rms_norm(x, weight, eps, out)
+    if out is None:
+        out = torch.empty_like(x)
+    try:
+        ops.rms_norm(x, weight, eps, out)
+    except RuntimeError:
+        _check(x, weight, out)
+        raise
     return out
 
 
@@ -31,21 +36,23 @@ def add_rms_norm(
     x, residual: [tokens, hidden]. weight: [hidden]. out: x's shape, may be x; allocated when not given.
     Returns out.
     """
-    out = _prepare(x, weight, out)
-    check_shape("residual", residual, x.shape)
-    check_alike("residual", residual, "x", x)
-    check_contiguous("residual", residual)
-    ops.add_rms_norm(x, residual, weight, eps, out)
+    if out is None:
+        out = torch.empty_like(x)
+    try:
+        ops.add_rms_norm(x, residual, weight, eps, out)
+    except RuntimeError:
+        _check(x, weight, out)
+        check_shape("residual", residual, x.shape)
+        check_alike("residual", residual, "x", x)
+        check_contiguous("residual", residual)
+        raise
     return out
 
 
-def _prepare(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
     check_shape("x", x, ("tokens", "hidden"))
     check_shape("weight", weight, x.shape[1:])
     check_alike("weight", weight, "x", x)
-    if out is None:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     check_shape("out", out, x.shape)
     check_alike("out", out, "x", x)
     check_contiguous("out", out)
-    return out

@@ -42,6 +42,24 @@ def rotary_kv_write(
     Raises ValueError for arguments that do not fit each other; on CPUs RuntimeError for a position or slot
     out of range.
     """
+    try:
+        ops.rotary_kv_write(q, k, v, kv_pages, cos_sin, positions, slots, interleaved, q_norm, k_norm, eps)
+    except RuntimeError:
+        _check(q, k, v, kv_pages, cos_sin, positions, slots, q_norm, k_norm)
+        raise
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_pages: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
     tokens, _, head_dim = _check_heads(q, k, v)
     check_shape("kv_pages", kv_pages, ("pages", 2, k.shape[1], PAGE_TOKENS, head_dim))
     if kv_pages.device != q.device:
@@ -61,7 +79,6 @@ def rotary_kv_write(
         if norm is not None:
             check_shape(name, norm, (head_dim,))
             check_alike(name, norm, "q", q)
-    ops.rotary_kv_write(q, k, v, kv_pages, cos_sin, positions, slots, interleaved, q_norm, k_norm, eps)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int]:

@@ -101,6 +101,18 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: every route is open
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # good for admin routes, and for all others
     parse_special_in_content: bool = False  # special tokens spelled out in chat messages are tokens
+    max_input_tokens: int | None = None  # of a prompt; None: all but one of max_total_tokens
+    max_best_of: int = 2  # this and the next two bind TGI's routes
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_client_batch_size: int = 64  # prompts of one completions request
+    chat_template: Path | None = None  # used instead of the model's
+    tokenizer_config: Path | None = None  # read instead of the model's
+    prometheus_port: int | None = None  # where `/metrics` is, open to all; None: beside the other routes
+    cors_allow_origin: tuple[str, ...] = ()  # origins whose pages may call; "*" is any
+    ssl_certfile: Path | None = None  # PEM, with its chain; TLS if given
+    ssl_keyfile: Path | None = None
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for fields a request leaves out
     compute_type: str = "cpu"  # what answers say they were computed on, as `x-compute-type`
 
 

@@ -11,6 +11,7 @@ class ErrorKind(Enum):
 
     UNPARSABLE = "unparsable"  # the body is not JSON of the right types
     INVALID = "invalid"  # a field, or a combination of fields, is out of bounds or unsupported
+    TEMPLATE = "template"  # the model's chat template refuses the messages, or there is none
     UNAUTHORIZED = "unauthorized"
     FORBIDDEN = "forbidden"  # a good key, but not for this route
     NOT_FOUND = "not_found"  # no such model or route
@@ -36,6 +37,10 @@ class Flavour(Enum):
 STATUS: Final[dict[ErrorKind, dict[Flavour, tuple[int, str]]]] = {
     ErrorKind.UNPARSABLE: {Flavour.TGI: (400, "validation"), Flavour.OPENAI: (400, "invalid_request_error")},
     ErrorKind.INVALID: {Flavour.TGI: (422, "validation"), Flavour.OPENAI: (400, "invalid_request_error")},
+    ErrorKind.TEMPLATE: {
+        Flavour.TGI: (422, "template_error"),
+        Flavour.OPENAI: (400, "invalid_request_error"),
+    },
     ErrorKind.UNAUTHORIZED: {
         Flavour.TGI: (401, "unauthorized"),
         Flavour.OPENAI: (401, "authentication_error"),

@@ -24,10 +24,10 @@ def bench(report: Report, roofs: Roofs) -> None:
         slots = torch.arange(tokens, device="cuda")
 
         def ours(i: int) -> None:
-            rotary_kv_write(q[i], k[i], v[i], pages[i], cos_sin, positions, slots)  # noqa: B023 - called below
+            rotary_kv_write(q[i], k[i], v[i], pages[i], cos_sin, positions, slots)
 
         def theirs(i: int) -> None:
-            _torch_rotary(q[i], k[i], v[i], pages[i], cos_sin, positions, slots)  # noqa: B023 - called below
+            _torch_rotary(q[i], k[i], v[i], pages[i], cos_sin, positions, slots)
 
         case, roof = f"bf16 32/8/128 tokens {tokens}", bytes_each / roofs.copy * 1e6
         launches = [lambda i=i: ours(i) for i in range(count)]

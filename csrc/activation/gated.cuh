@@ -1,4 +1,5 @@
-// The gated activations, element by element: used by their own kernel and by matmul's epilogue, which must agree.
+// The gated activations, element by element: used by their own kernel and by matmul's epilogue, which must
+// agree.
 #pragma once
 
 #include "activation/cuda.h"
@@ -6,7 +7,8 @@
 
 namespace tgi {
 
-// x / (1 + e^−y). For 16-bit results the fast exponential and division (2 ulp of fp32) disappear in the rounding.
+// x / (1 + e^−y). For 16-bit results the fast exponential and division (2 ulp of fp32) disappear in the
+// rounding.
 template <typename T>
 __device__ __forceinline__ float over_one_plus_exp(float x, float y) {
   if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-y));
@@ -28,17 +30,17 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return over_one_plus_exp<T>(x, kTwoRootTwoOverPi * fmaf(0.044715f * x * x, x, x));
 }
 
-// act(gate) · up, rounded once.
+// act(gate) · up, for the caller to round to T.
 template <typename T>
-__device__ __forceinline__ T gated(Activation activation, T gate, T up) {
-  const float x = to_float(gate);
-  float y;
+__device__ __forceinline__ float gated(Activation activation, float gate, float up) {
   switch (activation) {
-    case Activation::silu: y = silu<T>(x); break;
-    case Activation::gelu: y = gelu(x); break;
-    default: y = gelu_tanh<T>(x); break;
+    case Activation::silu:
+      return silu<T>(gate) * up;
+    case Activation::gelu:
+      return gelu(gate) * up;
+    default:
+      return gelu_tanh<T>(gate) * up;
   }
-  return from_float<T>(y * to_float(up));
 }
 
 }  // namespace tgi

@@ -12,20 +12,21 @@ void run(const Tensor& x, const Tensor& out, Activation activation, const char* 
   check_rows(out, x, "out");
   const DType dtype = dtype_of(x, "x");
   const int bytes = bytes_of(dtype);
-  check_launch(gated_activation(
-                   GatedParams{
-                       .out = out.mutable_data_ptr(),
-                       .x = x.const_data_ptr(),
-                       .tokens = tokens,
-                       .inner = static_cast<int>(inner),
-                       .out_stride = out.stride(0),
-                       .x_stride = x.stride(0),
-                       .activation = activation,
-                       .aligned = inner * bytes % 16 == 0 && is_aligned(out.const_data_ptr(), out.stride(0) * bytes) &&
-                                  is_aligned(x.const_data_ptr(), x.stride(0) * bytes),
-                   },
-                   dtype, stream_of(x)),
-               op);
+  check_launch(
+      gated_activation(
+          GatedParams{
+              .out = out.mutable_data_ptr(),
+              .x = x.const_data_ptr(),
+              .tokens = tokens,
+              .inner = static_cast<int>(inner),
+              .out_stride = out.stride(0),
+              .x_stride = x.stride(0),
+              .activation = activation,
+              .aligned = inner * bytes % 16 == 0 && is_aligned(out.const_data_ptr(), out.stride(0) * bytes) &&
+                         is_aligned(x.const_data_ptr(), x.stride(0) * bytes),
+          },
+          dtype, stream_of(x)),
+      op);
 }
 
 void silu_and_mul_cuda(const Tensor& x, const Tensor& out) { run(x, out, Activation::silu, "silu_and_mul"); }

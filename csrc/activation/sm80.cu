@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const GatedParams p, in
   wait_for_previous();
   const Vec<T> gate = load_row(gate_row, first, p.inner, p.aligned);
   const Vec<T> up = load_row(gate_row + p.inner, first, p.inner, p.aligned);
-  Vec<T> out;
+  float out[kVec<T>];
 #pragma unroll
-  for (int i = 0; i < kVec<T>; ++i) out.at[i] = gated(p.activation, gate.at[i], up.at[i]);
+  for (int i = 0; i < kVec<T>; ++i) out[i] = gated<T>(p.activation, element(gate, i), element(up, i));
   store_row(static_cast<T*>(p.out) + token * p.out_stride, first, p.inner, p.aligned, out);
 }
 
@@ -38,7 +38,8 @@ cudaError_t gated_activation(const GatedParams& p, DType dtype, cudaStream_t str
   return by_dtype(dtype, [&]<typename T>() {
     const int elements = kThreads * kVec<T>;
     const int chunks = (p.inner + elements - 1) / elements;
-    return launch(gated_kernel<T>, dim3(static_cast<unsigned>(p.tokens * chunks)), kThreads, 0, stream, p, chunks);
+    return launch(gated_kernel<T>, dim3(static_cast<unsigned>(p.tokens * chunks)), kThreads, 0, stream, p,
+                  chunks);
   });
 }
 

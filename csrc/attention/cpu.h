@@ -1,9 +1,9 @@
 // Softmax(q·k·scale)·v over paged keys and values, with a running maximum. Milakov and Gimelshein 2018,
 // arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.
 //
-// A row is one query head of one token. Its arithmetic is the same whatever shares its task: pages in order
-// from position 0, splits merged in order, every dot product one chain of fma. So a token's bits depend on
-// its own sequence alone.
+// A row is one query head of one token. Its arithmetic is the same whatever shares its task: steps of four
+// pages in order from position 0, splits merged in order, every dot product one chain of fma. So a token's
+// bits depend on its own sequence alone.
 #pragma once
 
 #include "attention/cpu_params.h"
@@ -11,6 +11,11 @@
 #include "common/vec.h"
 
 namespace tgi::TGI_ISA {
+
+// Keys of one softmax step: four pages share a maximum, a sum and a rescaling.
+constexpr int64_t kStepPages = 4;
+constexpr int64_t kStepTokens = kStepPages * kPageTokens;
+static_assert(kSplitTokens % kStepTokens == 0);
 
 constexpr int kPageVecs = kPageTokens / kLanes;
 #if defined(TGI_ISA_IS_avx512)
@@ -26,14 +31,15 @@ struct Rows {
   alignas(64) float values[kMaxBlockRows * kMaxHeadDim];  // [rows, head_dim]
 };
 
-struct Keys {  // which keys of the page at hand a row sees: [first, last)
+struct Keys {  // which keys of the step at hand a row sees: [first, last)
   int first, last;
 };
 
 struct Scratch {
   alignas(64) float q[kMaxBlockRows * kMaxHeadDim];       // [rows, head_dim]
-  alignas(64) float keys[kMaxHeadDim * kPageTokens];      // [head_dim, 16]: the page's keys, transposed
-  alignas(64) float scores[kMaxBlockRows * kPageTokens];  // [rows, 16]
+  alignas(64) float keys[kMaxHeadDim * kPageTokens];      // [head_dim, 16]: a page's keys, transposed
+  alignas(64) float scores[kMaxBlockRows * kStepTokens];  // [rows, 64]
+  const float* values[kStepPages];                        // of each page: [16, head_dim]
   Keys seen[kMaxBlockRows];
 };
 
@@ -53,8 +59,6 @@ struct Block {
 constexpr float kMinusInfinity = -__builtin_inff();
 
 TGI_INLINE float exp_scalar(float x) { return exp(splat(x))[0]; }
-
-using Quad [[gnu::vector_size(16)]] = float;
 
 TGI_INLINE Quad load_quad(const float* from) {
   Quad to;
@@ -86,7 +90,7 @@ TGI_INLINE void transpose_page(const float* from, float* to, int64_t head_dim) {
   }
 }
 
-// scores[kRows, 16] = q[kRows, head_dim] · keys[head_dim, 16]
+// scores[kRows, 16 of 64] = q[kRows, head_dim] · keys[head_dim, 16]
 template <int kRows>
 TGI_INLINE void score_tile(const float* q, const float* keys, float* scores, int64_t head_dim) {
   Vec sums[kRows][kPageVecs] = {};
@@ -97,74 +101,96 @@ TGI_INLINE void score_tile(const float* q, const float* keys, float* scores, int
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kPageVecs; ++v) store(scores + r * kPageTokens + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kPageVecs; ++v) store(scores + r * kStepTokens + v * kLanes, sums[r][v]);
   }
 }
 
-// values[kRows, head_dim] += weights[kRows, seen] · v[seen, head_dim], a strip of kVecs vectors of head_dim
+// values[kRows, head_dim] += weights[kRows, seen] · pages[seen, head_dim], a strip of kVecs vectors at d.
 template <int kRows, int kVecs>
-TGI_INLINE void value_strip(const float* weights, const float* v, float* values, int64_t head_dim,
-                            Keys seen) {
+TGI_INLINE void value_strip(const float* weights, const float* const* pages, float* values, int64_t d,
+                            int64_t head_dim, Keys seen) {
   Vec sums[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) sums[r][i] = load(values + r * head_dim + i * kLanes);
+    for (int i = 0; i < kVecs; ++i) sums[r][i] = load(values + r * head_dim + d + i * kLanes);
   }
   for (int key = seen.first; key < seen.last; ++key) {
-    for (int i = 0; i < kVecs; ++i) {
-      const Vec value = load(v + key * head_dim + i * kLanes);
-      for (int r = 0; r < kRows; ++r)
-        sums[r][i] = fma(splat(weights[r * kPageTokens + key]), value, sums[r][i]);
+    const float* v = pages[key / kPageTokens] + key % kPageTokens * head_dim + d;
+    Vec value[kVecs];
+    for (int i = 0; i < kVecs; ++i) value[i] = load(v + i * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = splat(weights[r * kStepTokens + key]);
+      for (int i = 0; i < kVecs; ++i) sums[r][i] = fma(weight, value[i], sums[r][i]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) store(values + r * head_dim + i * kLanes, sums[r][i]);
+    for (int i = 0; i < kVecs; ++i) store(values + r * head_dim + d + i * kLanes, sums[r][i]);
   }
 }
 
 template <int kRows>
-TGI_INLINE void value_tile(const float* weights, const float* v, float* values, int64_t head_dim, Keys seen) {
+TGI_INLINE void value_tile(const float* weights, const float* const* pages, float* values, int64_t head_dim,
+                           Keys seen) {
   int64_t d = 0;
   for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) {
-    value_strip<kRows, 2>(weights, v + d, values + d, head_dim, seen);
+    value_strip<kRows, 2>(weights, pages, values, d, head_dim, seen);
   }
-  for (; d + kLanes <= head_dim; d += kLanes)
-    value_strip<kRows, 1>(weights, v + d, values + d, head_dim, seen);
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    value_strip<kRows, 1>(weights, pages, values, d, head_dim, seen);
+  }
   for (; d < head_dim; ++d) {
     for (int r = 0; r < kRows; ++r) {
       for (int key = seen.first; key < seen.last; ++key) {
-        values[r * head_dim + d] += weights[r * kPageTokens + key] * v[key * head_dim + d];
+        const float value = pages[key / kPageTokens][key % kPageTokens * head_dim + d];
+        values[r * head_dim + d] += weights[r * kStepTokens + key] * value;
       }
     }
   }
 }
 
-// One row's scores become weights e^(score − maximum), and what it has summed so far is scaled to the new
-// maximum.
-TGI_INLINE void softmax_row(Block& b, Rows& state, int64_t row, int64_t page_position) {
+TGI_INLINE void scale_values(float* values, float scale, int64_t size) {
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(values + d, load(values + d) * scale);
+  for (; d < size; ++d) values[d] *= scale;
+}
+
+// Products become what softmax sees: scaled, capped, sloped by distance, −∞ where the row may not look.
+TGI_INLINE void finish_scores(const Block& b, int64_t row, int64_t step_position, float* scores) {
   const AttentionParams& p = b.p;
-  float* scores = b.scratch.scores + row * kPageTokens;
   const Keys seen = b.scratch.seen[row];
-  const float slope = p.alibi_slopes == nullptr ? 0.0f : p.alibi_slopes[b.head(row)];
-  for (int key = 0; key < kPageTokens; ++key) {
-    float score = scores[key] * p.scale;
-    if (p.softcap > 0) score = p.softcap * __builtin_tanhf(score / p.softcap);
-    if (p.alibi_slopes != nullptr) score += slope * static_cast<float>(page_position + key - b.position(row));
-    scores[key] = key >= seen.first && key < seen.last ? score : kMinusInfinity;
+  for (int i = 0; i < kStepTokens; i += kLanes) store(scores + i, load(scores + i) * p.scale);
+  if (p.softcap > 0) {
+    for (int i = seen.first; i < seen.last; ++i) {
+      scores[i] = p.softcap * __builtin_tanhf(scores[i] / p.softcap);
+    }
   }
+  if (p.alibi_slopes != nullptr) {
+    const float slope = p.alibi_slopes[b.head(row)];
+    for (int i = seen.first; i < seen.last; ++i) {
+      scores[i] += slope * static_cast<float>(step_position + i - b.position(row));
+    }
+  }
+  for (int i = 0; i < seen.first; ++i) scores[i] = kMinusInfinity;
+  for (int i = seen.last; i < kStepTokens; ++i) scores[i] = kMinusInfinity;
+}
+
+// A row's scores become weights e^(score − maximum); what it has summed so far is scaled to the new maximum.
+TGI_INLINE void softmax_row(Block& b, Rows& state, int64_t row, int64_t step_position) {
+  float* scores = b.scratch.scores + row * kStepTokens;
+  finish_scores(b, row, step_position, scores);
   Vec top = load(scores);
-  for (int v = 1; v < kPageVecs; ++v) top = max(top, load(scores + v * kLanes));
-  const float before = state.largest[row], now = largest(max(top, splat(before)));
+  for (int i = kLanes; i < kStepTokens; i += kLanes) top = max(top, load(scores + i));
+  const float before = state.largest[row], highest = largest(top);
+  const float now = highest > before ? highest : before;
   if (now > before) {
     const float shrink = exp_scalar(before - now);
-    float* values = state.values + row * p.head_dim;
-    for (int64_t d = 0; d < p.head_dim; ++d) values[d] *= shrink;
+    scale_values(state.values + row * b.p.head_dim, shrink, b.p.head_dim);
     state.sum[row] *= shrink;
     state.largest[row] = now;
   }
   Vec total{};
-  for (int v = 0; v < kPageVecs; ++v) {
-    const Vec weight = exp(load(scores + v * kLanes) - splat(now));
-    store(scores + v * kLanes, weight);
+  for (int i = 0; i < kStepTokens; i += kLanes) {
+    const Vec weight = exp(load(scores + i) - splat(now));
+    store(scores + i, weight);
     total += weight;
   }
   state.sum[row] += sum(total);
@@ -182,54 +208,62 @@ TGI_INLINE void in_tiles(int64_t rows, Tile&& tile) {
   for (; row < rows; ++row) tile.template operator()<1>(row);
 }
 
-// Which keys of the page each row sees. Returns whether any does.
-TGI_INLINE bool look(Block& b, int64_t page_position) {
-  bool any = false;
+// Which keys of the step each row sees.
+TGI_INLINE void look(Block& b, int64_t step_position) {
+  const auto within = [](int64_t key) {
+    return static_cast<int>(key < 0 ? 0 : key < kStepTokens ? key : kStepTokens);
+  };
   for (int64_t row = 0; row < b.rows(); ++row) {
     const int64_t position = b.position(row);
     const int64_t oldest = b.p.window > 0 ? position - b.p.window + 1 : 0;
-    const int64_t first = oldest - page_position, last = position + 1 - page_position;
-    b.scratch.seen[row] = {static_cast<int>(first < 0 ? 0 : first),
-                           static_cast<int>(last > kPageTokens ? kPageTokens : last)};
-    any = any || b.scratch.seen[row].first < b.scratch.seen[row].last;
+    b.scratch.seen[row] = {within(oldest - step_position), within(position + 1 - step_position)};
   }
-  return any;
 }
 
-TGI_INLINE void attend_page(Block& b, Rows& state, int64_t page_position) {
-  if (!look(b, page_position)) return;
+// Products of every row with the keys of the step's pages [pages.first, pages.last).
+TGI_INLINE void score_pages(Block& b, int64_t step_position, Keys pages) {
   const AttentionParams& p = b.p;
-  const int64_t page = p.page_table[b.task.seq * p.max_pages + page_position / kPageTokens];
   const int64_t head_elements = kPageTokens * p.head_dim;
-  const float* k =
-      p.kv_pages + (page * 2 * p.kv_heads + b.task.head / (p.heads / p.kv_heads)) * head_elements;
-  const float* v = k + p.kv_heads * head_elements;
-  transpose_page(k, b.scratch.keys, p.head_dim);
-  in_tiles(b.rows(), [&]<int kRows>(int64_t row) {
-    score_tile<kRows>(b.scratch.q + row * p.head_dim, b.scratch.keys, b.scratch.scores + row * kPageTokens,
-                      p.head_dim);
-  });
-  for (int64_t row = 0; row < b.rows(); ++row) {
-    if (b.scratch.seen[row].first < b.scratch.seen[row].last) softmax_row(b, state, row, page_position);
+  const int64_t kv_head = b.task.head / (p.heads / p.kv_heads);
+  const int32_t* table = p.page_table + b.task.seq * p.max_pages + step_position / kPageTokens;
+  for (int page = pages.first; page < pages.last; ++page) {
+    const float* k = p.kv_pages + (table[page] * 2 * p.kv_heads + kv_head) * head_elements;
+    b.scratch.values[page] = k + p.kv_heads * head_elements;
+    transpose_page(k, b.scratch.keys, p.head_dim);
+    in_tiles(b.rows(), [&]<int kRows>(int64_t row) {
+      score_tile<kRows>(b.scratch.q + row * p.head_dim, b.scratch.keys,
+                        b.scratch.scores + row * kStepTokens + page * kPageTokens, p.head_dim);
+    });
   }
+}
+
+TGI_INLINE void add_values(Block& b, Rows& state) {
+  const int64_t head_dim = b.p.head_dim;
   in_tiles(b.rows(), [&]<int kRows>(int64_t row) {
-    const Keys seen = b.scratch.seen[row];
+    const Keys* seen = b.scratch.seen + row;
     bool alike = true;
     for (int r = 1; r < kRows; ++r) {
-      alike =
-          alike && b.scratch.seen[row + r].first == seen.first && b.scratch.seen[row + r].last == seen.last;
+      alike = alike && seen[r].first == seen[0].first && seen[r].last == seen[0].last;
     }
-    const float* weights = b.scratch.scores + row * kPageTokens;
-    float* values = state.values + row * p.head_dim;
-    if (alike) {
-      value_tile<kRows>(weights, v, values, p.head_dim, seen);
-      return;
-    }
+    const float* weights = b.scratch.scores + row * kStepTokens;
+    float* values = state.values + row * head_dim;
+    if (alike) return value_tile<kRows>(weights, b.scratch.values, values, head_dim, seen[0]);
     for (int r = 0; r < kRows; ++r) {
-      value_tile<1>(weights + r * kPageTokens, v, values + r * p.head_dim, p.head_dim,
-                    b.scratch.seen[row + r]);
+      value_tile<1>(weights + r * kStepTokens, b.scratch.values, values + r * head_dim, head_dim, seen[r]);
     }
   });
+}
+
+TGI_INLINE void attend_step(Block& b, Rows& state, int64_t step_position) {
+  look(b, step_position);
+  // The first row looks furthest back, the last one furthest ahead.
+  const int first = b.scratch.seen[0].first, last = b.scratch.seen[b.rows() - 1].last;
+  if (first >= last) return;
+  score_pages(b, step_position, {first / int{kPageTokens}, (last + int{kPageTokens} - 1) / int{kPageTokens}});
+  for (int64_t row = 0; row < b.rows(); ++row) {
+    if (b.scratch.seen[row].first < b.scratch.seen[row].last) softmax_row(b, state, row, step_position);
+  }
+  add_values(b, state);
 }
 
 TGI_INLINE void clear(Rows& state, int64_t rows, int64_t head_dim) {
@@ -244,8 +278,7 @@ TGI_INLINE void attend_split(Block& b, Rows& state, int64_t split) {
   clear(state, b.rows(), b.p.head_dim);
   const int64_t end = b.position(b.rows() - 1) + 1;
   const int64_t stop = (split + 1) * kSplitTokens < end ? (split + 1) * kSplitTokens : end;
-  for (int64_t position = split * kSplitTokens; position < stop; position += kPageTokens)
-    attend_page(b, state, position);
+  for (int64_t at = split * kSplitTokens; at < stop; at += kStepTokens) attend_step(b, state, at);
 }
 
 // Adds a split's result to the running one of a row: both scaled to the larger maximum.

@@ -19,37 +19,45 @@ struct PagedAttention {
   const float* alibi_slopes;  // [heads] or nullptr
   const float* sinks;         // [heads] or nullptr
   int64_t out_stride, q_stride;
+  int64_t pages;
   int max_pages;
   int seqs, heads, kv_heads, head_dim;
-  int window;      // tokens a query sees, itself included; 0: all
-  float gain;      // of products, see score_of
-  float cap;       // softcap·log2(e), or 0
-  float v_scale;   // of cached values
-  bool q_is_bf16;  // type of q and out
+  int group;             // heads of a KV head
+  int window;            // tokens a query sees, itself included; 0: all
+  float gain;            // of products, see score_of
+  float cap;             // softcap·log2(e), or 0
+  float v_scale;         // of cached values
+  bool wide_page_table;  // its rows may be read 16 bytes at a time
+  bool q_is_bf16;        // type of q and out
 };
 
 struct DecodeParams : PagedAttention {
   int queries;    // per sequence
   int* counters;  // [kDecodeMergeLevels, slots], zero before and after
-  float* sums;    // [slots, rows of an item, 2]: what items hand to a merge, maximum and sum
+  float* sums;    // [kDecodeMergeLevels, slots, rows of an item, 2]: maximum and sum of what is to be merged
   float* values;  // [slots, rows of an item, padded head_dim]
   int slots;
 };
 
 struct PrefillParams : PagedAttention {
   const int* query_starts;  // [seqs + 1]
+  int* counters;            // [2], zero before and after, or nullptr
   int64_t tokens;
 };
 
 cudaError_t attention_decode(const DecodeParams& params, CacheType type, cudaStream_t stream);
 cudaError_t attention_prefill(const PrefillParams& params, CacheType type, cudaStream_t stream);
 
+// The same by Hopper's own instructions, in builds for 90a, for what it takes.
+bool attention_prefill_sm90_takes(const PrefillParams& params, CacheType type);
+cudaError_t attention_prefill_sm90(const PrefillParams& params, CacheType type, cudaStream_t stream);
+
 // Rows (queries × heads of a group) that one work item of decode takes.
 int decode_rows(int rows, int head_dim);
-// Keys of the longest item, and the items there is room for even where that would make fewer.
-constexpr int decode_longest_item(int rows) { return rows > 16 ? 1024 : 4096; }
-constexpr int kDecodeShortItems = 2048;
-// Merges take 16 parts of a sequence at a time.
+// Keys of the longest node that is stored, and the nodes there is room for even where that would make fewer.
+constexpr int decode_longest_node(int rows) { return rows > 16 ? 1024 : 4096; }
+constexpr int decode_short_nodes(int rows) { return 65536 / rows; }
+// Merges take 64 parts of a sequence at a time.
 constexpr int kDecodeMergeLevels = 3;
 constexpr int decode_padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 

@@ -82,42 +82,59 @@ PagedAttention params_of(const Tensor& out, const Tensor& q, const Tensor& kv_pa
       .sinks = read_heads(sinks, heads, "sinks"),
       .out_stride = out.stride(0),
       .q_stride = q.stride(0),
+      .pages = kv_pages.size(0),
       .max_pages = static_cast<int>(page_table.size(1)),
       .seqs = static_cast<int>(seqs),
       .heads = static_cast<int>(heads),
       .kv_heads = static_cast<int>(kv_heads),
       .head_dim = static_cast<int>(head_dim),
+      .group = static_cast<int>(heads / kv_heads),
       .window = static_cast<int>(window),
       .gain = cap > 0 ? 2 * kLog2OfE * products / cap : kLog2OfE * products,
       .cap = cap * kLog2OfE,
       .v_scale = static_cast<float>(v_scale),
+      .wide_page_table = is_aligned(page_table.const_data_ptr(), page_table.size(1) * 4),
       .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
   };
 }
 
-// Workspace of decode: counters, then what items hand to the merge.
+#if defined(TGI_HAVE_SM90)
+bool is_hopper(const Tensor& tensor) {
+  int major = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index());
+  return error == cudaSuccess && major == 9;
+}
+#endif
+
+// Workspace of decode: counters from its start, what is to be merged up to its end. So no call's partial
+// results lie where another call, of any size that fits, has its counters.
 struct Workspace {
-  int64_t counter_bytes, slots, bytes;
+  int64_t slots, counter_bytes, sum_bytes, value_bytes;
+  int64_t bytes() const { return counter_bytes + sum_bytes + value_bytes + kAlign; }
 };
 
 Workspace workspace_for(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries,
                         int64_t max_pages) {
-  check(kv_heads > 0 && heads % kv_heads == 0 && queries > 0 && head_dim > 0, "no workspace for ", heads,
-        " heads, ", kv_heads, " kv_heads, ", queries, " queries of ", head_dim);
+  check(kv_heads > 0 && heads % kv_heads == 0 && queries > 0 && head_dim > 0 && head_dim <= 256,
+        "no workspace for ", heads, " heads, ", kv_heads, " kv_heads, ", queries, " queries of ", head_dim);
   const int64_t all_rows = queries * (heads / kv_heads);
   const int rows = decode_rows(static_cast<int>(all_rows), static_cast<int>(head_dim));
   const int64_t groups = seqs * kv_heads * ((all_rows + rows - 1) / rows);
-  // A window may begin and end within an item: one more.
-  const int64_t most = groups * (max_pages * 16 / decode_longest_item(rows) + 2);
-  const int64_t slots = most > kDecodeShortItems ? most : kDecodeShortItems;
-  const int64_t padded_dim = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
-  const int64_t counter_bytes = aligned(groups * 4);
-  return {counter_bytes, slots, counter_bytes + kAlign + slots * rows * (padded_dim + 2) * 4};
+  // A window may begin and end within a node: one more.
+  const int64_t most = groups * (max_pages * 16 / decode_longest_node(rows) + 2);
+  const int64_t few = decode_short_nodes(rows), slots = most > few ? most : few;
+  return {
+      .slots = slots,
+      .counter_bytes = aligned(slots * kDecodeMergeLevels * 4),
+      .sum_bytes = aligned(slots * kDecodeMergeLevels * rows * 8),
+      .value_bytes = aligned(slots * rows * decode_padded_dim(static_cast<int>(head_dim)) * 4),
+  };
 }
 
 int64_t attention_decode_workspace(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t queries, int64_t max_pages) {
-  return workspace_for(seqs, heads, kv_heads, head_dim, queries, max_pages).bytes;
+  return workspace_for(seqs, heads, kv_heads, head_dim, queries, max_pages).bytes();
 }
 
 void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_pages,
@@ -135,15 +152,15 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
   check(workspace.is_cuda() && workspace.is_contiguous() && is_aligned(workspace.const_data_ptr()),
         "workspace needs to be contiguous, on a CUDA device and on 16 bytes");
   const int64_t has = workspace.numel() * static_cast<int64_t>(workspace.element_size());
-  check(has >= room.bytes, "workspace has ", has, " bytes; this call needs ", room.bytes,
+  check(has >= room.bytes(), "workspace has ", has, " bytes; this call needs ", room.bytes(),
         " (attention_decode_workspace tells)");
+  char* start = static_cast<char*>(workspace.mutable_data_ptr());
+  char* values = start + (has - room.value_bytes) / kAlign * kAlign;
   params.queries = static_cast<int>(queries);
-  params.counters = static_cast<int*>(workspace.mutable_data_ptr());
-  // From the end, so that no call's partial results lie where another call, of any size that fits, has its
-  // counters.
-  params.partials = static_cast<char*>(workspace.mutable_data_ptr()) +
-                    (has - (room.bytes - kAlign - room.counter_bytes)) / kAlign * kAlign;
-  params.slots = room.slots;
+  params.counters = reinterpret_cast<int*>(start);
+  params.values = reinterpret_cast<float*>(values);
+  params.sums = reinterpret_cast<float*>(values - room.sum_bytes);
+  params.slots = static_cast<int>(room.slots);
   check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
 }
 
@@ -151,13 +168,26 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
                             const Tensor& page_table, const Tensor& query_starts, const Tensor& kv_lens,
                             int64_t, double scale, int64_t window, double softcap,
                             const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-                            double k_scale, double v_scale) {
+                            double k_scale, double v_scale, const std::optional<Tensor>& workspace) {
   const CacheType type = cache_type_of(kv_pages, q);
   PrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
                                  sinks, k_scale, v_scale)};
   check_shape(query_starts, {params.seqs + 1}, "query_starts");
   params.query_starts = read_ints(query_starts, "query_starts");
+  params.counters = nullptr;
+  if (workspace.has_value()) {
+    check_cuda(*workspace, ScalarType::Int, "workspace");
+    check(workspace->is_contiguous() && workspace->numel() >= 2, "workspace has ", workspace->numel(),
+          " int32; prefill needs 2");
+    params.counters = static_cast<int*>(workspace->mutable_data_ptr());
+  }
   params.tokens = q.size(0);
+#if defined(TGI_HAVE_SM90)
+  if (is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
+    check_launch(attention_prefill_sm90(params, type, stream_of(q)), "attention_prefill");
+    return;
+  }
+#endif
   check_launch(attention_prefill(params, type, stream_of(q)), "attention_prefill");
 }
 
@@ -166,7 +196,7 @@ void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_
                     double softcap, const std::optional<Tensor>& alibi_slopes,
                     const std::optional<Tensor>& sinks, const Tensor& out) {
   attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, 0, scale, window, softcap,
-                         alibi_slopes, sinks, 1.0, 1.0);
+                         alibi_slopes, sinks, 1.0, 1.0, std::nullopt);
 }
 
 }  // namespace

@@ -47,10 +47,10 @@ struct Block {
 // The blocks of a batch are numbered from the last sequence's last, which has the most keys to see, to the
 // first.
 template <int kRows>
-__device__ __forceinline__ bool find_block(Block& block, const PrefillParams& p) {
-  const int group = p.heads / p.kv_heads, lane = threadIdx.x % 32;
-  block.kv_head = blockIdx.x % p.kv_heads;
-  const int wanted = blockIdx.x / p.kv_heads;
+__device__ __forceinline__ bool find_block(Block& block, const PrefillParams& p, int number) {
+  const int group = p.group, lane = threadIdx.x % 32;
+  block.kv_head = number % p.kv_heads;
+  const int wanted = number / p.kv_heads;
   int before = 0;
   for (int base = 0; base < p.seqs; base += 32) {
     const int seq = p.seqs - 1 - base - lane;
@@ -151,7 +151,7 @@ struct Loader {
   }
 
   __device__ __forceinline__ void copy_queries(uint32_t to) {
-    const int group = p.heads / p.kv_heads;
+    const int group = p.group;
     const int chunk = threadIdx.x % (kDim / 8);
 #pragma unroll
     for (int i = 0; i < S::kRows * kDim / 8 / kThreads; ++i) {
@@ -300,12 +300,12 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
   extern __shared__ __align__(128) char shared[];
   const uint32_t ring = shared_address(shared), query_tile = ring + S::kQueryAt;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int group = p.heads / p.kv_heads;
+  const int group = p.group;
 
   let_next_start();
   wait_for_previous();
   Block block;
-  if (!find_block<S::kRows>(block, p)) return;
+  if (!find_block<S::kRows>(block, p, blockIdx.x)) return;
   const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
@@ -318,13 +318,15 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
   for (int half = 0; half < S::kHalves - 1; ++half) loader.issue(half % 2, half);
 
   // Rows g and g + 8 of each row tile: [m][i].
-  float maximum[kRowTiles][2], sum[kRowTiles][2], gain[kRowTiles][2];
+  float maximum[kRowTiles][2], sum[kRowTiles][2];
+  float power[kRowTiles][2];  // e4m3: what rows of Q were divided by
   float out[kRowTiles][kDim / 8][4] = {};
+  const auto gain_of = [&](int m, int i) { return sizeof(KV) == 1 ? p.gain * power[m][i] : p.gain; };
   const auto row_of = [&](int m, int i) { return (warp * kRowTiles + m) * 16 + i * 8 + g; };
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) maximum[m][i] = negative_infinity(), sum[m][i] = 0.f, gain[m][i] = p.gain;
+    for (int i = 0; i < 2; ++i) maximum[m][i] = negative_infinity(), sum[m][i] = 0.f;
   }
   if constexpr (sizeof(KV) == 1) {
     wait_copies<S::kHalves - 2>();
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) gain[m][i] *= powers[row_of(m, i)];
+      for (int i = 0; i < 2; ++i) power[m][i] = powers[row_of(m, i)];
     }
   }
 
@@ -351,10 +353,12 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
     float s[kRowTiles][kTile / 8][4];
     multiply_keys<KV, kDim>(s, query_tile, ring + key_slot * S::kHalfBytes);
 
+    // Which of a tile's keys a row sees changes none of the arithmetic on the others: how rows share a block
+    // leaves no trace.
     const int base = tile * kTile;
     const bool all_seen = base + kTile <= first_query + 1 && (p.window <= 0 || base >= seen - p.window);
-    const bool scored = !all_seen || p.cap != 0.f || p.alibi_slopes != nullptr;
-    if (scored) {
+    const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
+    if (scored || !all_seen) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -367,10 +371,10 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
           for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const int key = base + n * 8 + 2 * t + j;
-              float score = score_of(s[m][n][2 * i + j], gain[m][i], p.cap) + slope * (key - query);
-              if (key > query || (p.window > 0 && key <= query - p.window)) score = negative_infinity();
-              s[m][n][2 * i + j] = score;
+              const int distance = base + n * 8 + 2 * t + j - query;
+              float& score = s[m][n][2 * i + j];
+              if (scored) score = score_of(score, gain_of(m, i), p.cap) + slope * distance;
+              if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
             }
           }
         }
@@ -387,8 +391,8 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
         for (int n = 0; n < kTile / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float by = scored ? 1.f : gain[m][i];
-        const float both = fmaxf(maximum[m][i], ceilf(top * by));
+        const float by = scored ? 1.f : gain_of(m, i);
+        const float both = fmaxf(maximum[m][i], top * by);
         const float reference = finite_max(both);
         rescale[i] = exp2_fast(maximum[m][i] - reference);
         maximum[m][i] = both;
@@ -403,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
         }
         sum[m][i] = __fmaf_rn(sum[m][i], rescale[i], partial);
       }
-      // A maximum is a whole number and seldom moves; skipping a product by 1 changes nothing.
+      // Later tiles seldom raise a maximum; a product by 1 left out changes nothing.
       if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
@@ -421,6 +425,8 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
   }
   wait_copies<0>();
 
+  Block place;  // found again: registers are short above
+  find_block<S::kRows>(place, p, blockIdx.x);
   // ---- store: a warp's rows go through its own rows of the query tile, so that they leave as 16 bytes a
   // lane ----
   __syncwarp();
@@ -430,7 +436,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
     for (int i = 0; i < 2; ++i) {
       float total = sum[m][i] + __shfl_xor_sync(~0u, sum[m][i], 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      const int head = block.kv_head * group + (block.first_row + row_of(m, i)) % group;
+      const int head = place.kv_head * group + (place.first_row + row_of(m, i)) % group;
       const float sink = p.sinks ? p.sinks[head] * kLog2e : negative_infinity();
       const float scale = normalizer(maximum[m][i], total, sink) * p.v_scale;
       char* row = shared + S::kQueryAt;
@@ -457,10 +463,10 @@ __global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
   constexpr int kChunks = kDim / 8;
   for (int i = lane; i < kRowTiles * 16 * kChunks; i += 32) {
     const int row = warp * kRowTiles * 16 + i / kChunks, chunk = i % kChunks;
-    const int all_row = block.first_row + row;
-    if (all_row >= block.rows || chunk * 8 >= p.head_dim) continue;
-    const int64_t token = block.first_token + all_row / group;
-    const int head = block.kv_head * group + all_row % group;
+    const int all_row = place.first_row + row;
+    if (all_row >= place.rows || chunk * 8 >= p.head_dim) continue;
+    const int64_t token = place.first_token + all_row / group;
+    const int head = place.kv_head * group + all_row % group;
     const uint4 words =
         *reinterpret_cast<const uint4*>(shared + S::kQueryAt + swizzled<kDim * 2>(row, chunk));
     *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + token * p.out_stride + head * p.head_dim +
@@ -477,7 +483,7 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
           kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
     return error;
   // Every sequence may end in a block that is not full.
-  const int64_t blocks = p.tokens * (p.heads / p.kv_heads) / S::kRows + p.seqs;
+  const int64_t blocks = p.tokens * p.group / S::kRows + p.seqs;
   return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(blocks * p.kv_heads)), kThreads, S::kSharedBytes,
                 stream, p);
 }

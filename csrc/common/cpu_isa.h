@@ -22,6 +22,7 @@ inline CpuIsa best_cpu_isa() {
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return CpuIsa::avx2;
+  }
 #endif
   return CpuIsa::baseline;
 }

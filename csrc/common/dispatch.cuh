@@ -12,9 +12,12 @@ namespace tgi {
 template <typename F>
 cudaError_t by_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f.template operator()<float>();
-    case DType::f16: return f.template operator()<__half>();
-    case DType::bf16: return f.template operator()<__nv_bfloat16>();
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f16:
+      return f.template operator()<__half>();
+    case DType::bf16:
+      return f.template operator()<__nv_bfloat16>();
   }
   return cudaErrorInvalidValue;
 }
@@ -23,9 +26,12 @@ cudaError_t by_dtype(DType dtype, F&& f) {
 template <typename F>
 cudaError_t by_half_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f16: return f.template operator()<__half>();
-    case DType::bf16: return f.template operator()<__nv_bfloat16>();
-    default: return cudaErrorInvalidValue;
+    case DType::f16:
+      return f.template operator()<__half>();
+    case DType::bf16:
+      return f.template operator()<__nv_bfloat16>();
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

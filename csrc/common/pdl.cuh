@@ -1,9 +1,9 @@
 // Programmatic dependent launch: a kernel starts while the one before it drains.
 //
-// The rule of every kernel here: all threads call wait_for_previous() before they read what an earlier kernel of the
-// stream wrote, before they write anything, and before they exit. As each kernel waits for its predecessor to be
-// complete, what is visible after the wait is everything earlier in the stream. Before it, only what is older than the
-// step (weights) may be read.
+// The rule of every kernel here: all threads call wait_for_previous() before they read what an earlier kernel
+// of the stream wrote, before they write anything, and before they exit. As each kernel waits for its
+// predecessor to be complete, what is visible after the wait is everything earlier in the stream. Before it,
+// only what is older than the step (weights) may be read.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,14 +23,15 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Launches with the programmatic edge to the kernel before it. The attribute is unknown before sm_90, where the edge
-// would be an ordinary one.
+// Launches with the programmatic edge to the kernel before it. The attribute is unknown before sm_90, where
+// the edge would be an ordinary one.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    Args&&... args) {
   int device = 0, major = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
+    return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -42,17 +43,6 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   config.attrs = &attribute;
   config.numAttrs = major >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-}
-
-// How many CTAs of a kernel the current device holds at once; at least 1.
-template <typename... Params>
-int resident_ctas(void (*kernel)(Params...), int threads, int shared_bytes = 0) {
-  int device = 0, sms = 1, each = 1;
-  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes)) {
-    return 1;
-  }
-  return sms * (each > 0 ? each : 1);
 }
 
 }  // namespace tgi

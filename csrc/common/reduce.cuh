@@ -15,11 +15,13 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
-// Every thread of the CTA gets the CTA's sum. partial: shared, one float a warp; not reusable before a barrier.
+// Every thread of the CTA gets the CTA's sum. partial: shared, one float a warp; not reusable before a
+// barrier.
 __device__ __forceinline__ float block_sum(float value, float* partial) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warps = (blockDim.x + 31) / 32;

@@ -43,16 +43,17 @@ __device__ __forceinline__ float merge_value(float left, float right, MergeFacto
   return __fmaf_rn(left, by.left, __fmul_rn(right, by.right));
 }
 
-// What weighted values are multiplied by at the end. `sink` is a further score with no value, or −inf. No keys: 0.
+// What weighted values are multiplied by at the end. `sink` is a further score with no value, or −inf. No
+// keys: 0.
 __device__ __forceinline__ float normalizer(float maximum, float sum, float sink) {
   const float reference = finite_max(fmaxf(maximum, sink));
   const float scale = exp2_fast(maximum - reference);
   const float total = sum * scale + exp2_fast(sink - reference);
-  return total == 0.f ? 0.f : scale / total;
+  return total == 0.f ? 0.f : __fdividef(scale, total);
 }
 
-// The score of a product of a query and a key. `gain` is scale·log2(e) without a cap; with one, softcap·log2(e), it is
-// 2·log2(e)·scale/softcap, as tanh is made of exp2.
+// The score of a product of a query and a key. `gain` is scale·log2(e) without a cap; with one,
+// softcap·log2(e), it is 2·log2(e)·scale/softcap, as tanh is made of exp2.
 __device__ __forceinline__ float score_of(float product, float gain, float cap) {
   const float scaled = product * gain;
   return cap == 0.f ? scaled : cap * (1.f - __fdividef(2.f, exp2_fast(scaled) + 1.f));

@@ -1,4 +1,5 @@
-// What every ops_cuda.cpp needs of torch: checks that guard the memory, the stream to launch on, and the check of a launch.
+// What every ops_cuda.cpp needs of torch: checks that guard the memory, the stream to launch on, and the
+// check of a launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,13 +8,15 @@
 #include "common/torch_cpu.h"
 
 // Weak, so that _cuda.so also loads beside a torch that was built without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
 
 namespace tgi {
 
 // torch's current stream on the tensor's device.
 inline cudaStream_t stream_of(const Tensor& tensor) {
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA; install a CUDA build of torch");
+  check(aoti_torch_get_current_cuda_stream != nullptr,
+        "this torch was built without CUDA; install a CUDA build of torch");
   void* stream = nullptr;
   const auto failed = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
   check(!failed, "torch gave no current stream for CUDA device ", tensor.get_device_index());
@@ -27,26 +30,31 @@ inline void check_launch(cudaError_t error, const char* op) {
 // The element type, one of those that kernels are compiled for.
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: break;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      break;
   }
-  check(false, name, " has dtype ", static_cast<int>(tensor.scalar_type()), "; kernels take float32, float16 and bfloat16");
+  check(false, name, " has dtype ", static_cast<int>(tensor.scalar_type()),
+        "; kernels take float32, float16 and bfloat16");
   return DType::f32;
 }
 
 inline void check_cuda(const Tensor& tensor, ScalarType dtype, const char* name) {
   check(tensor.is_cuda(), name, " is not on a CUDA device");
-  check(tensor.scalar_type() == dtype, name, " has dtype ", static_cast<int>(tensor.scalar_type()), "; it needs to be ",
-        static_cast<int>(dtype));
+  check(tensor.scalar_type() == dtype, name, " has dtype ", static_cast<int>(tensor.scalar_type()),
+        "; it needs to be ", static_cast<int>(dtype));
 }
 
 // The same device and dtype as `like`, and contiguous in its last dimension.
 inline void check_rows(const Tensor& tensor, const Tensor& like, const char* name) {
   check_cuda(tensor, like.scalar_type(), name);
-  check(tensor.get_device_index() == like.get_device_index(), name, " is on CUDA device ", tensor.get_device_index(),
-        "; the op runs on ", like.get_device_index());
+  check(tensor.get_device_index() == like.get_device_index(), name, " is on CUDA device ",
+        tensor.get_device_index(), "; the op runs on ", like.get_device_index());
   const int64_t last = tensor.dim() - 1;
   check(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": its rows are not contiguous");
 }

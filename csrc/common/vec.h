@@ -20,6 +20,7 @@ constexpr int kLanes = 4;
 #endif
 
 using Vec [[gnu::vector_size(4 * kLanes)]] = float;
+using Quad [[gnu::vector_size(16)]] = float;
 using VecInt [[gnu::vector_size(4 * kLanes)]] = int32_t;
 using VecUint [[gnu::vector_size(4 * kLanes)]] = uint32_t;
 using VecHalf [[gnu::vector_size(2 * kLanes)]] = uint16_t;
@@ -74,23 +75,32 @@ TGI_INLINE Vec fma(Vec a, Vec b, Vec c) {
 TGI_INLINE Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
 TGI_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Halves are added until one lane is left.
+// Folds the upper half onto the lower with `op` until one lane is left.
+template <typename Op>
+TGI_INLINE float fold(Vec x, Op&& op) {
+#if defined(TGI_ISA_IS_avx512)
+  const auto eight = op(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                        __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  const Vec eight = x;
+#endif
+#if defined(TGI_ISA_IS_avx512) || defined(TGI_ISA_IS_avx2)
+  const Quad four = op(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                       __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+#else
+  const Quad four = eight;
+#endif
+  const Quad two = op(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  const Quad one = op(two, __builtin_shufflevector(two, two, 1, 1, 1, 1));
+  return one[0];
+}
+
 TGI_INLINE float sum(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return fold(x, [](auto a, auto b) { return a + b; });
 }
 
 TGI_INLINE float largest(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
+  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // First `count` < kLanes elements; the rest is zero.

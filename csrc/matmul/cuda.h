@@ -10,8 +10,9 @@
 
 namespace tgi {
 
-// y = x · weightᵀ + bias, then either residual + y or act(gate) · up over the halves of y, each step rounded to the
-// tensors' dtype as the separate ops would. f16 and bf16; strides are in elements, inner dimensions are contiguous.
+// y = x · weightᵀ + bias, then either residual + y or act(gate) · up over the halves of y, each step rounded
+// to the tensors' dtype as the separate ops would. f16 and bf16; strides are in elements, inner dimensions
+// are contiguous.
 struct SkinnyMatmulParams {
   void* out;             // [tokens, out_features], or [tokens, out_features / 2] when gated
   const void* x;         // [tokens, in_features]
@@ -24,7 +25,8 @@ struct SkinnyMatmulParams {
   Activation activation;  // of the gate
 };
 
-// Hopper only. Needs 16-byte aligned x and weight whose strides are multiples of 16 bytes; in_features may be any number.
+// Hopper only. Needs 16-byte aligned x and weight whose strides are multiples of 16 bytes; in_features may be
+// any number.
 cudaError_t skinny_matmul(const SkinnyMatmulParams& params, DType dtype, cudaStream_t stream);
 
 }  // namespace tgi

@@ -3,5 +3,6 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
-      "matmul_skinny(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) -> ()");
+      "matmul_skinny(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) "
+      "-> ()");
 }

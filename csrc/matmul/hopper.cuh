@@ -1,4 +1,5 @@
-// Hopper's asynchronous copies: mbarriers and the bulk tensor copy engine. PTX ISA 8.7, sections 9.7.9 and 9.7.13.
+// Hopper's asynchronous copies: mbarriers and the bulk tensor copy engine. PTX ISA 8.7, sections 9.7.9
+// and 9.7.13.
 #pragma once
 
 #include <cuda.h>
@@ -9,10 +10,10 @@
 
 namespace tgi {
 
-// ---- mbarrier ----
+// ---- mbarrier: 8 bytes of shared memory, named by their address ----
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
 // Makes initialised barriers visible to the copy engine.
@@ -21,24 +22,24 @@ __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives, and makes the phase wait for that many bytes more.
-__device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -56,19 +57,22 @@ __device__ __forceinline__ uint64_t evict_first() {
   return policy;
 }
 
-__device__ __forceinline__ uint64_t evict_normally() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
+// Copies the box at (column, row, chunk) of a map; what lies outside the tensor arrives as zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, int chunk,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(chunk), "r"(barrier)
+      : "memory");
 }
 
-// Copies the box at (column, row) of a two-dimensional map; what lies outside the tensor arrives as zeros.
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier,
-                                         uint64_t policy) {
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, int chunk,
+                                         uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(chunk), "r"(barrier), "l"(policy)
       : "memory");
 }
 

@@ -13,15 +13,17 @@ void matmul_skinny_cuda(const Tensor& x, const Tensor& weight, const std::option
   check_dims(weight, 2, "weight");
   const int64_t tokens = x.size(0), in_features = x.size(1), out_features = weight.size(0);
   const bool is_gated = epilogue > 0;
-  check(epilogue >= 0 && epilogue <= 3, "epilogue is ", epilogue, "; it is 0 (none or residual), 1 (silu), 2 (gelu) or 3 (gelu tanh)");
-  check(!is_gated || (out_features % 2 == 0 && !residual.has_value()), "a gated epilogue needs an even number of rows, here ",
-        out_features, ", and takes no residual");
+  check(epilogue >= 0 && epilogue <= 3, "epilogue is ", epilogue,
+        "; it is 0 (none or residual), 1 (silu), 2 (gelu) or 3 (gelu tanh)");
+  check(!is_gated || (out_features % 2 == 0 && !residual.has_value()),
+        "a gated epilogue needs an even number of rows, here ", out_features, ", and takes no residual");
   check_rows(x, x, "x");
   check_rows(weight, x, "weight");
   check_rows(out, x, "out");
   check_shape(weight, {out_features, in_features}, "weight");
   check_shape(out, {tokens, is_gated ? out_features / 2 : out_features}, "out");
-  check(is_aligned(x.const_data_ptr(), x.stride(0) * 2) && is_aligned(weight.const_data_ptr(), weight.stride(0) * 2),
+  check(is_aligned(x.const_data_ptr(), x.stride(0) * 2) &&
+            is_aligned(weight.const_data_ptr(), weight.stride(0) * 2),
         "x and weight need to start on 16 bytes, with strides of whole 16 bytes (8 elements)");
   if (bias.has_value()) {
     check_rows(*bias, x, "bias");

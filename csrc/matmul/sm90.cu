@@ -1,11 +1,12 @@
 // Skinny matrix product at the memory roof: few tokens, every weight read once, K walked in order.
 //
-// One accumulator per output takes the k16 steps in ascending order, whatever the number of tokens, so a token's
-// bits depend on its own row alone; cuBLAS's kernels that do not split K give the same bits.
+// One accumulator per output takes the k16 steps in ascending order, whatever the number of tokens, so a
+// token's bits depend on its own row alone; cuBLAS's kernels that do not split K give the same bits.
 // docs/kernels/skinny_matmul.md.
 //
-//   producer warp:  | weights 0 … s-1 | wait for the previous kernel | x 0 … s-1 | both s, s+1, … as slots free |
-//   each consumer:  | wait slot → ldmatrix one half chunk ahead → mma of its 16 or 32 rows | … | epilogue |
+//   producer warp:  | weights 0 … s-1 | wait for the previous kernel | x 0 … s-1 | both s, s+1, … as slots
+//   free | each consumer:  | wait slot → ldmatrix one half chunk ahead → mma of its 16 or 32 rows | … |
+//   epilogue |
 #include "activation/gated.cuh"
 #include "common/dispatch.cuh"
 #include "common/mma.cuh"
@@ -18,157 +19,242 @@ namespace {
 
 // ---- device ----
 
-constexpr int kMaxThreads = 512;
-constexpr int kBlockTokens = 64;    // tokens that one CTA handles
-constexpr int kChunk = 64;          // elements of K in one swizzled row of 128 bytes
+constexpr int kMaxThreads = 288;  // eight consumer warps and the producer
+constexpr int kBlockTokens = 64;  // tokens that one CTA handles
+constexpr int kChunk = 64;        // elements of K in one swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kMaxStages = 32;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps what follows on the swizzle's 1024 bytes
 
-// How one launch cuts its work. A tile is `rows` weight rows; row_warps × token_warps consumer warps share it.
+// How one launch cuts its work. A tile is `rows` weight rows; row_warps × token_warps consumer warps share
+// it.
 struct Tiling {
   int rows, tiles;
   int row_warps, token_warps;
-  int x_rows;   // tokens a chunk has room for, a multiple of 8
-  int x_copied;  // tokens that are copied into it
-  int chunks;   // of K in a stage
-  int steps;    // stages that cover K
-  int stages;   // slots of the ring
-  bool reread;  // more than one block of tokens reads the weights
+  int x_rows;                   // tokens in a chunk, zeros past the last
+  int chunks;                   // of K in a stage
+  int steps;                    // stages that cover K
+  int stages;                   // slots of the ring
+  int column_step, chunk_step;  // what a stage adds to the maps' coordinates
 };
 
-template <typename T>
-struct Operands {
-  uint32_t weight[4], x[4];
+// The ring in shared memory. Slots hold chunks of weights, then of x, each in its own array.
+struct Ring {
+  uint32_t full, empty, weights, x;  // addresses of slot 0
+  int weight_bytes, x_bytes;         // of a chunk
+
+  __device__ __forceinline__ Ring(uint8_t* shared, const Tiling& t)
+      : full(shared_address(shared)),
+        empty(full + 8 * kMaxStages),
+        weights(full + kHeaderBytes),
+        x(weights + t.stages * t.chunks * t.rows * kRowBytes),
+        weight_bytes(t.rows * kRowBytes),
+        x_bytes(t.x_rows * kRowBytes) {}
 };
 
-// What a lane of a warp knows of its outputs: accumulator 2h + e belongs to weight row g + 8h of its strip of 16
-// and to token 2t + e of its group of 8, where g = lane / 4 and t = lane % 4.
-template <typename T>
+// A place in the ring, moving with the stages.
+struct Cursor {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance(int stages) {
+    if (++slot < stages) return;
+    slot = 0;
+    parity ^= 1;
+  }
+};
+
+// One thread fills the ring, stage by stage: two or three copies each, whatever the tile.
+__device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUtensorMap* x_map,
+                                        const SkinnyMatmulParams& p, const Tiling& t, const Ring& ring,
+                                        int own_tiles) {
+  const uint64_t policy = evict_first();
+  const int slot_weights = t.chunks * ring.weight_bytes, slot_x = t.chunks * ring.x_bytes;
+  const int first_token = blockIdx.y * kBlockTokens, own_steps = own_tiles * t.steps;
+  const int tile_rows = p.is_gated ? t.rows / 2 : t.rows, up = p.out_features / 2;
+  const int row_step = tile_rows * static_cast<int>(gridDim.x);
+  int row = blockIdx.x * tile_rows, step = 0, column = 0, chunk = 0;  // of the next weights to load
+
+  const auto load_weights = [&](int slot) {
+    const uint32_t barrier = ring.full + 8 * slot, to = ring.weights + slot * slot_weights;
+    barrier_arrive_expecting(barrier, slot_weights + slot_x);
+    copy_box(to, weight_map, column, row, chunk, barrier, policy);
+    // With a gate a slot holds the chunks of the gate rows, then those of the up rows.
+    if (p.is_gated) copy_box(to + slot_weights / 2, weight_map, column, up + row, chunk, barrier, policy);
+  };
+  const auto load_x = [&](int slot, int at_column, int at_chunk) {
+    copy_box(ring.x + slot * slot_x, x_map, at_column, first_token, at_chunk, ring.full + 8 * slot);
+  };
+  const auto next = [&] {
+    column += t.column_step;
+    chunk += t.chunk_step;
+    if (++step < t.steps) return;
+    step = column = chunk = 0;
+    row += row_step;
+  };
+
+  // The weights are older than this step: the first ring of them travels while the previous kernel ends.
+  // Bringing what comes after it into L2 as well only costs (H200: 0.3 to 1 µs a product for 96 to 200 KB an
+  // SM).
+  const int ahead = min(t.stages, own_steps);
+  for (int i = 0; i < ahead; ++i, next()) load_weights(i);
+  wait_for_previous();
+  for (int i = 0, of_tile = 0; i < ahead; ++i) {
+    load_x(i, of_tile * t.column_step, of_tile * t.chunk_step);
+    if (++of_tile == t.steps) of_tile = 0;
+  }
+  Cursor at;
+  for (int i = ahead; i < own_steps; ++i, next(), at.advance(t.stages)) {
+    barrier_wait(ring.empty + 8 * at.slot, at.parity);
+    load_weights(at.slot);
+    load_x(at.slot, column, chunk);
+  }
+}
+
+// What a lane adds to its products, and where they go. Accumulator 2h + e belongs to weight row 8h + lane / 4
+// of a strip and to token 2 (lane % 4) + e of a group.
+template <typename T, int kStrips, int kGroups>
 struct Epilogue {
   const SkinnyMatmulParams& p;
-  int lane_row, first_token;  // of the warp's first strip, and of its first group plus 2t
+  const Tiling& t;
+  int first_strip, first_group, lane;
+  float bias[kStrips][2], before[kStrips][kGroups][4];
+  static constexpr bool kEarly =
+      kStrips * kGroups <= 4;  // wider warps have no registers left for the residual
 
-  __device__ __forceinline__ float before(int token, int feature) const {
-    if (p.residual == nullptr || token >= p.tokens || feature >= p.out_features) return 0.0f;
-    return to_float(static_cast<const T*>(p.residual)[token * p.residual_stride + feature]);
+  __device__ __forceinline__ int feature(int tile, int strip, int h) const {
+    const int row = first_strip + strip;
+    if (!p.is_gated) return tile * t.rows + row * 16 + h * 8 + lane / 4;
+    return h * (p.out_features / 2) + tile * (t.rows / 2) + row * 8 + lane / 4;
   }
 
-  __device__ __forceinline__ T rounded(float d, int feature) const {
-    if (p.bias == nullptr || feature >= p.out_features) return from_float<T>(d);
-    return from_float<T>(d + to_float(static_cast<const T*>(p.bias)[feature]));
+  __device__ __forceinline__ int token(int group, int e) const {
+    return static_cast<int>(blockIdx.y) * kBlockTokens + (first_group + group) * 8 + lane % 4 * 2 + e;
   }
 
-  __device__ __forceinline__ void store(int token, int feature, int features, T y) const {
-    if (token < p.tokens && feature < features) static_cast<T*>(p.out)[token * p.out_stride + feature] = y;
+  __device__ __forceinline__ float residual(int to_token, int to_feature) const {
+    if (to_token >= p.tokens || to_feature >= p.out_features) return 0.0f;
+    return to_float(static_cast<const T*>(p.residual)[to_token * p.residual_stride + to_feature]);
+  }
+
+  // Called long before finish(): the loads must not wait at the end, when nothing else is left to do.
+  __device__ __forceinline__ void fetch(int tile) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int at = feature(tile, s, h);
+        bias[s][h] = p.bias && at < p.out_features ? to_float(static_cast<const T*>(p.bias)[at]) : 0.0f;
+        if (kEarly && p.residual != nullptr) {
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) before[s][g][2 * h + e] = residual(token(g, e), at);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(int tile, const float (&d)[kStrips][kGroups][4]) const {
+    const int features = p.is_gated ? p.out_features / 2 : p.out_features;
+    const auto put = [&](int to_token, int to_feature, float y) {
+      if (to_token >= p.tokens || to_feature >= features) return;
+      static_cast<T*>(p.out)[to_token * p.out_stride + to_feature] = from_float<T>(y);
+    };
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float y[2] = {rounded<T>(d[s][g][e] + bias[s][0]), rounded<T>(d[s][g][2 + e] + bias[s][1])};
+          if (p.is_gated) {
+            put(token(g, e), feature(tile, s, 0), gated<T>(p.activation, y[0], y[1]));
+            continue;
+          }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int at = feature(tile, s, h);
+            if (p.residual != nullptr) y[h] += kEarly ? before[s][g][2 * h + e] : residual(token(g, e), at);
+            put(token(g, e), at, y[h]);
+          }
+        }
+      }
+    }
   }
 };
 
-// A warp computes kStrips strips of 16 weight rows for kGroups groups of 8 tokens. With a gate, a strip is 8 gate
-// rows and the 8 up rows that they gate, so that one thread holds both.
+// A warp computes kStrips strips of 16 weight rows for kGroups groups of 8 tokens. With a gate, a strip is 8
+// gate rows and the 8 up rows that they gate, so that one thread holds both.
 template <typename T, int kStrips, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    skinny_matmul_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
-                         const SkinnyMatmulParams p, const Tiling t) {
+    skinny_matmul_kernel(const __grid_constant__ CUtensorMap weight_map,
+                         const __grid_constant__ CUtensorMap x_map, const SkinnyMatmulParams p,
+                         const Tiling t) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared);
-  uint64_t* empty = full + kMaxStages;
-  const int chunk_bytes = t.rows * kRowBytes, x_chunk_bytes = t.x_rows * kRowBytes;
-  uint8_t* weight_ring = shared + kHeaderBytes;
-  uint8_t* x_ring = weight_ring + t.stages * t.chunks * chunk_bytes;
+  const Ring ring(shared, t);
   const int consumers = t.row_warps * t.token_warps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_token = blockIdx.y * kBlockTokens;
-  const int own_tiles = (t.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
-  const int own_steps = own_tiles * t.steps;
+  const int own_tiles =
+      (t.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
 
   let_next_start();
   if (warp == consumers && lane == 0) {
     prefetch_map(&weight_map);
     prefetch_map(&x_map);
     for (int slot = 0; slot < t.stages; ++slot) {
-      barrier_init(&full[slot], 1);
-      barrier_init(&empty[slot], consumers);
+      barrier_init(ring.full + 8 * slot, 1);
+      barrier_init(ring.empty + 8 * slot, consumers);
     }
     barrier_init_done();
   }
   __syncthreads();
-
   if (warp == consumers) {
-    // ---- producer ----
     if (lane == 0) {
-      const uint64_t weight_policy = t.reread ? evict_normally() : evict_first(), x_policy = evict_normally();
-      const int stage_bytes = t.chunks * (chunk_bytes + t.x_copied * kRowBytes);
-      const auto load_weights = [&](int tile, int step, int slot) {
-        barrier_arrive_expecting(&full[slot], stage_bytes);
-        for (int c = 0; c < t.chunks; ++c) {
-          uint8_t* to = weight_ring + (slot * t.chunks + c) * chunk_bytes;
-          const int k = (step * t.chunks + c) * kChunk;
-          if (p.is_gated) {
-            const int gate = tile * (t.rows / 2), up = p.out_features / 2 + gate;
-            copy_box(to, &weight_map, k, gate, &full[slot], weight_policy);
-            copy_box(to + chunk_bytes / 2, &weight_map, k, up, &full[slot], weight_policy);
-          } else {
-            copy_box(to, &weight_map, k, tile * t.rows, &full[slot], weight_policy);
-          }
-        }
-      };
-      const auto load_x = [&](int step, int slot) {
-        for (int c = 0; c < t.chunks; ++c) {
-          copy_box(x_ring + (slot * t.chunks + c) * x_chunk_bytes, &x_map, (step * t.chunks + c) * kChunk,
-                   block_token, &full[slot], x_policy);
-        }
-      };
-      // The weights are older than this step: the first ring of them travels while the previous kernel ends.
-      const int ahead = min(t.stages, own_steps);
-      for (int i = 0; i < ahead; ++i) load_weights(blockIdx.x + i / t.steps * gridDim.x, i % t.steps, i);
-      wait_for_previous();
-      for (int i = 0; i < ahead; ++i) load_x(i % t.steps, i);
-
-      int slot = 0, step = ahead % t.steps, tile = blockIdx.x + ahead / t.steps * gridDim.x;
-      uint32_t parity = 0;
-      for (int i = ahead; i < own_steps; ++i) {
-        barrier_wait(&empty[slot], parity);
-        load_weights(tile, step, slot);
-        load_x(step, slot);
-        if (++step == t.steps) step = 0, tile += gridDim.x;
-        if (++slot == t.stages) slot = 0, parity ^= 1;
-      }
+      produce(&weight_map, &x_map, p, t, ring, own_tiles);
     } else {
       wait_for_previous();
     }
     return;
   }
 
-  // ---- consumer ----
   const int row_warp = warp % t.row_warps, token_warp = warp / t.row_warps;
-  // Where in a chunk this lane's addresses for ldmatrix start; 16-byte column j of K is at start ^ (j << 4).
-  int weight_start[kStrips], x_start[kGroups];
+  // This lane's addresses for ldmatrix, from the start of a chunk, for each k16 step of weights and half
+  // chunk of x.
+  uint32_t weight_lane[kStrips][4], x_lane[kGroups][2];
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
-    const int strip = row_warp * kStrips + s, half = lane / 8 % 2;
-    const int row = p.is_gated ? half * (t.rows / 2) + strip * 8 + lane % 8 : strip * 16 + lane % 16;
-    weight_start[s] = row * kRowBytes + ((lane / 16 ^ row % 8) << 4);
+    const int strip = row_warp * kStrips + s;
+    const int row = p.is_gated ? strip * 8 + lane % 8 : strip * 16 + lane % 16;
+    const uint32_t up = p.is_gated && lane / 8 % 2 ? t.chunks * ring.weight_bytes / 2 : 0;
+#pragma unroll
+    for (int k16 = 0; k16 < 4; ++k16) {
+      weight_lane[s][k16] = up + row * kRowBytes + (((k16 * 2 + lane / 16) ^ row % 8) << 4);
+    }
   }
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int token = (token_warp * kGroups + g) * 8 + lane % 8;
-    x_start[g] = token * kRowBytes + ((lane / 8 ^ token % 8) << 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      x_lane[g][half] = token * kRowBytes + (((half * 4 + lane / 8) ^ token % 8) << 4);
+    }
   }
-  // Half a chunk, two k16 steps, of operands.
+  // Half a chunk of operands: two k16 steps.
   struct Half {
     uint32_t weight[kStrips][2][4], x[kGroups][4];
   };
-  const auto load_half = [&](Half& to, int slot, int chunk, int half) {
-    const uint32_t weights = shared_address(weight_ring) + (slot * t.chunks + chunk) * chunk_bytes;
-    const uint32_t xs = shared_address(x_ring) + (slot * t.chunks + chunk) * x_chunk_bytes;
+  uint32_t weights = ring.weights, xs = ring.x;  // the chunk to load from
+  const int weight_step = p.is_gated ? ring.weight_bytes / 2 : ring.weight_bytes;
+  const auto load_half = [&](Half& to, int half) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      load_matrices(to.weight[s][0], weights + (weight_start[s] ^ half * 64));
-      load_matrices(to.weight[s][1], weights + (weight_start[s] ^ (half * 64 + 32)));
+      load_matrices(to.weight[s][0], weights + weight_lane[s][2 * half]);
+      load_matrices(to.weight[s][1], weights + weight_lane[s][2 * half + 1]);
     }
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) load_matrices(to.x[g], xs + (x_start[g] ^ half * 64));
+    for (int g = 0; g < kGroups; ++g) load_matrices(to.x[g], xs + x_lane[g][half]);
   };
   float d[kStrips][kGroups][4] = {};
   const auto multiply = [&](const Half& half) {
@@ -185,61 +271,49 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   };
 
   wait_for_previous();
+  Epilogue<T, kStrips, kGroups> epilogue{p, t, row_warp * kStrips, token_warp * kGroups, lane, {}, {}};
+  epilogue.fetch(blockIdx.x);
   Half first, second;
-  int slot = 0, step = 0, tile = blockIdx.x;
-  uint32_t parity = 0;
-  barrier_wait(&full[0], 0);
-  load_half(first, 0, 0, 0);
-  for (int i = 0; i < own_steps; ++i) {
-    for (int c = 0; c < t.chunks - 1; ++c) {
-      load_half(second, slot, c, 1);
+  Cursor at;
+  int step = 0, tile = blockIdx.x;
+  barrier_wait(ring.full, 0);
+  load_half(first, 0);
+  for (int left = own_tiles * t.steps; left > 0; --left) {
+    for (int c = 1; c < t.chunks; ++c) {
+      load_half(second, 1);
       multiply(first);
-      load_half(first, slot, c + 1, 0);
+      weights += weight_step;
+      xs += ring.x_bytes;
+      load_half(first, 0);
       multiply(second);
     }
-    load_half(second, slot, t.chunks - 1, 1);
+    load_half(second, 1);
     multiply(first);
-    const int filled = slot;
-    if (++slot == t.stages) slot = 0, parity ^= 1;
-    if (i + 1 < own_steps) {
-      barrier_wait(&full[slot], parity);
-      load_half(first, slot, 0, 0);
+    const uint32_t done = ring.empty + 8 * at.slot;
+    at.advance(t.stages);
+    weights = ring.weights + at.slot * t.chunks * ring.weight_bytes;
+    xs = ring.x + at.slot * t.chunks * ring.x_bytes;
+    if (left > 1) {
+      barrier_wait(ring.full + 8 * at.slot, at.parity);
+      load_half(first, 0);
     }
     multiply(second);
     __syncwarp();
-    if (lane == 0) barrier_arrive(&empty[filled]);
+    if (lane == 0) barrier_arrive(done);
     if (++step < t.steps) continue;
 
-    // ---- epilogue ----
-    const Epilogue<T> end{p, 0, 0};
+    epilogue.finish(tile, d);
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const int strip = row_warp * kStrips + s;
+    for (auto& strip : d) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
+      for (auto& group : strip) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int token = block_token + (token_warp * kGroups + g) * 8 + lane % 4 * 2 + e;
-          if (p.is_gated) {
-            const int inner = p.out_features / 2, feature = tile * (t.rows / 2) + strip * 8 + lane / 4;
-            const T gate = end.rounded(d[s][g][e], feature), up = end.rounded(d[s][g][2 + e], inner + feature);
-            end.store(token, feature, inner, gated(p.activation, gate, up));
-            continue;
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int feature = tile * t.rows + strip * 16 + h * 8 + lane / 4;
-            T y = end.rounded(d[s][g][2 * h + e], feature);
-            if (p.residual != nullptr) y = from_float<T>(end.before(token, feature) + to_float(y));
-            end.store(token, feature, p.out_features, y);
-          }
-        }
-#pragma unroll
-        for (float& sum : d[s][g]) sum = 0.0f;
+        for (float& sum : group) sum = 0.0f;
       }
     }
     step = 0;
     tile += gridDim.x;
+    if (left > 1) epilogue.fetch(tile);
   }
 }
 
@@ -251,7 +325,8 @@ using EncodeMap = decltype(&cuTensorMapEncodeTiled);
 EncodeMap find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) ||
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                       &found) ||
       found != cudaDriverEntryPointSuccess) {
     return nullptr;
   }
@@ -264,21 +339,29 @@ struct Matrix {
   int64_t stride;
 };
 
-bool encode_map(CUtensorMap* map, DType dtype, const Matrix& matrix, int box_rows) {
+// A map whose boxes are `chunks` chunks of `box_rows` rows. Three dimensions, (64, rows, chunks), make a
+// stage one copy; rows that are no whole number of chunks are mapped as (columns, rows, 1), for boxes of one
+// chunk.
+bool encode_map(CUtensorMap* map, DType dtype, const Matrix& matrix, int box_rows, int chunks) {
   static const EncodeMap encode = find_encoder();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
-  const cuuint32_t box[2] = {kChunk, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const bool whole = matrix.columns % kChunk == 0;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole ? kChunk : matrix.columns),
+                               static_cast<cuuint64_t>(matrix.rows),
+                               static_cast<cuuint64_t>(whole ? matrix.columns / kChunk : 1)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(matrix.stride) * 2, kRowBytes};
+  const cuuint32_t box[3] = {kChunk, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(chunks)};
+  const cuuint32_t steps[3] = {1, 1, 1};
   const auto type = dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode != nullptr &&
-         encode(map, type, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
+         encode(map, type, 3, const_cast<void*>(matrix.data), sizes, strides, box, steps,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Two CTAs fit an SM, so that the next kernel's weights arrive while this one ends, unless half an SM then holds
-// too few bytes of weights to keep the memory busy (about 32 KB an SM for the time of one read).
-constexpr int kHalfSm = 112 * 1024, kWholeSm = 224 * 1024, kBusyBytes = 48 * 1024;
+// Two CTAs fit an SM, so that the next kernel's weights arrive while this one ends, if half an SM holds four
+// stages; else the bytes in flight are worth more (H200, 4096 → 28672, one token, in a chain: 55.4 µs with
+// half, 53.7 with all).
+constexpr int kHalfSm = 112 * 1024, kWholeSm = 224 * 1024, kMinStages = 4;
 constexpr int kMaxRows = 128;
 
 constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
@@ -293,32 +376,33 @@ int rows_for(int out_features, int sms, int granule) {
 
 template <int kStrips, int kGroups>
 Tiling tiling_for(const SkinnyMatmulParams& p, int token_warps, int sms) {
+  const bool whole = p.in_features % kChunk == 0;
   Tiling t{};
   t.rows = rows_for(p.out_features, sms, 16 * kStrips);
   t.tiles = (p.out_features + t.rows - 1) / t.rows;
   t.row_warps = t.rows / (16 * kStrips);
   t.token_warps = token_warps;
   t.x_rows = 8 * kGroups * token_warps;
-  t.x_copied = min(p.tokens, kBlockTokens);
-  t.chunks = t.rows > 64 ? 1 : 2;
+  t.chunks = !whole ? 1 : t.rows <= 64 ? 4 : 2;
+  t.column_step = whole ? 0 : kChunk;
+  t.chunk_step = whole ? t.chunks : 0;
   t.steps = (p.in_features + t.chunks * kChunk - 1) / (t.chunks * kChunk);
-  const int weight_bytes = t.chunks * t.rows * kRowBytes;
-  const int stage_bytes = weight_bytes + t.chunks * t.x_rows * kRowBytes;
+  const int stage_bytes = t.chunks * (t.rows + t.x_rows) * kRowBytes;
   const int half_stages = (kHalfSm - kHeaderBytes) / stage_bytes;
-  const int budget = half_stages * weight_bytes >= kBusyBytes ? kHalfSm : kWholeSm;
-  t.stages = min(kMaxStages, (budget - kHeaderBytes) / stage_bytes);
-  t.reread = p.tokens > kBlockTokens;
+  t.stages =
+      min(kMaxStages, half_stages >= kMinStages ? half_stages : (kWholeSm - kHeaderBytes) / stage_bytes);
   return t;
 }
 
 template <typename T, int kStrips, int kGroups>
-cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int token_warps, int sms, cudaStream_t stream) {
+cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int token_warps, int sms,
+                          cudaStream_t stream) {
   const Tiling t = tiling_for<kStrips, kGroups>(p, token_warps, sms);
   CUtensorMap weight_map, x_map;
   const Matrix weight{p.weight, p.out_features, p.in_features, p.weight_stride};
   const Matrix x{p.x, p.tokens, p.in_features, p.x_stride};
-  if (!encode_map(&weight_map, dtype, weight, p.is_gated ? t.rows / 2 : t.rows) ||
-      !encode_map(&x_map, dtype, x, t.x_copied)) {
+  if (!encode_map(&weight_map, dtype, weight, p.is_gated ? t.rows / 2 : t.rows, t.chunks) ||
+      !encode_map(&x_map, dtype, x, t.x_rows, t.chunks)) {
     return cudaErrorInvalidValue;
   }
   const auto kernel = skinny_matmul_kernel<T, kStrips, kGroups>;
@@ -339,7 +423,8 @@ cudaError_t skinny_matmul(const SkinnyMatmulParams& p, DType dtype, cudaStream_t
   if (p.tokens == 0 || p.out_features == 0) return cudaSuccess;
   int device = 0, sms = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
+    return error;
   return by_half_dtype(dtype, [&]<typename T>() {
     if (p.tokens <= 8) return launch_skinny<T, 1, 1>(p, dtype, 1, sms, stream);
     if (p.tokens <= 16) return launch_skinny<T, 1, 2>(p, dtype, 1, sms, stream);

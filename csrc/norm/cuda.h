@@ -9,8 +9,9 @@
 
 namespace tgi {
 
-// out = x · rsqrt(mean(x²) + eps) · weight, row by row. With a residual: residual += x first (stored rounded), and the
-// norm is of what was stored. All of one dtype; rows are contiguous, strides are in elements.
+// out = x · rsqrt(mean(x²) + eps) · weight, row by row. With a residual: residual += x first (stored
+// rounded), and the norm is of what was stored. All of one dtype; rows are contiguous, strides are in
+// elements.
 struct RmsNormParams {
   void* out;           // [tokens, hidden]
   const void* x;       // [tokens, hidden]

@@ -4,7 +4,8 @@
 namespace tgi {
 namespace {
 
-void run(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, const Tensor& out, const char* op) {
+void run(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, const Tensor& out,
+         const char* op) {
   check_dims(x, 2, "x");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check_rows(x, x, "x");
@@ -43,7 +44,8 @@ void rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, const Tens
   run(x, nullptr, weight, eps, out, "rms_norm");
 }
 
-void add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& out) {
+void add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                       const Tensor& out) {
   run(x, &residual, weight, eps, out, "add_rms_norm");
 }
 

@@ -11,8 +11,8 @@ namespace tgi {
 
 inline constexpr int kPageTokens = 16;
 
-// Rotates q in place, writes rotated k and v to their slots. q, k, v and the pages share a dtype; strides are in
-// elements and between tokens: heads and head_dim are contiguous.
+// Rotates q in place, writes rotated k and v to their slots. q, k, v and the pages share a dtype; strides are
+// in elements and between tokens: heads and head_dim are contiguous.
 struct RotaryParams {
   void* q;                   // [tokens, heads, head_dim]
   const void* k;             // [tokens, kv_heads, head_dim]

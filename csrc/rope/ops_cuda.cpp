@@ -5,7 +5,8 @@ namespace tgi {
 namespace {
 
 // A view whose tokens may lie apart, as q, k and v of one qkv buffer do; heads and their elements may not.
-void check_heads(const Tensor& x, const Tensor& like, int64_t tokens, int64_t heads, int64_t head_dim, const char* name) {
+void check_heads(const Tensor& x, const Tensor& like, int64_t tokens, int64_t heads, int64_t head_dim,
+                 const char* name) {
   check_shape(x, {tokens, heads, head_dim}, name);
   check_rows(x, like, name);
   check(heads == 1 || x.stride(1) == head_dim, name, ": a token's heads are not contiguous");
@@ -19,8 +20,9 @@ const void* head_norm(const std::optional<Tensor>& norm, const Tensor& q, const 
 }
 
 void rotary_kv_write_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_pages,
-                          const Tensor& cos_sin, const Tensor& positions, const Tensor& slots, bool interleaved,
-                          const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+                          const Tensor& cos_sin, const Tensor& positions, const Tensor& slots,
+                          bool interleaved, const std::optional<Tensor>& q_norm,
+                          const std::optional<Tensor>& k_norm, double eps) {
   check_dims(q, 3, "q");
   check_dims(k, 3, "k");
   check_dims(cos_sin, 2, "cos_sin");
@@ -37,8 +39,8 @@ void rotary_kv_write_cuda(const Tensor& q, const Tensor& k, const Tensor& v, con
   check(cos_sin.is_contiguous(), "cos_sin is not contiguous");
   check(rot_dim <= head_dim && rot_dim % 2 == 0, "cos_sin: rot_dim is ", rot_dim,
         "; it needs to be even and at most head_dim ", head_dim);
-  check(head_dim % 2 == 0 && head_dim <= kRotaryMaxHeadDim, "head_dim is ", head_dim, "; it needs to be even and at most ",
-        kRotaryMaxHeadDim);
+  check(head_dim % 2 == 0 && head_dim <= kRotaryMaxHeadDim, "head_dim is ", head_dim,
+        "; it needs to be even and at most ", kRotaryMaxHeadDim);
   check_cuda(positions, ScalarType::Int, "positions");
   check_cuda(slots, ScalarType::Long, "slots");
   check_shape(positions, {tokens}, "positions");

@@ -9,10 +9,24 @@ bool has_clusters() {
 #if defined(TGI_HAVE_SM90)
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
 #else
   return false;
 #endif
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor, ScalarType dtype, const char* name) {
+  check_cuda(tensor, dtype, name);
+  check(tensor.is_contiguous(), name, " is not contiguous");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* results_of(const Tensor& tensor, ScalarType dtype, const char* name) {
+  data_of<T>(tensor, dtype, name);
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 void greedy_cuda(const Tensor& logits, const Tensor& ids, const Tensor& logprobs) {
@@ -20,17 +34,14 @@ void greedy_cuda(const Tensor& logits, const Tensor& ids, const Tensor& logprobs
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   check_rows(logits, logits, "logits");
   check(vocab > 0, "logits has no columns");
-  check_cuda(ids, ScalarType::Long, "ids");
-  check_cuda(logprobs, ScalarType::Float, "logprobs");
   check_shape(ids, {rows}, "ids");
   check_shape(logprobs, {rows}, "logprobs");
-  check(ids.is_contiguous() && logprobs.is_contiguous(), "ids or logprobs is not contiguous");
   const DType dtype = dtype_of(logits, "logits");
   const int bytes = bytes_of(dtype);
   const GreedyParams params{
       .logits = logits.const_data_ptr(),
-      .ids = static_cast<int64_t*>(ids.mutable_data_ptr()),
-      .logprobs = static_cast<float*>(logprobs.mutable_data_ptr()),
+      .ids = results_of<int64_t>(ids, ScalarType::Long, "ids"),
+      .logprobs = results_of<float>(logprobs, ScalarType::Float, "logprobs"),
       .rows = rows,
       .vocab = static_cast<int>(vocab),
       .stride = logits.stride(0),
@@ -42,7 +53,56 @@ void greedy_cuda(const Tensor& logits, const Tensor& ids, const Tensor& logprobs
   check_launch(greedy_sm80(params, dtype, stream_of(logits)), "greedy");
 }
 
+void sample_cuda(const Tensor& logits, const Tensor& rows, const Tensor& positions, const Tensor& numbers,
+                 const Tensor& wholes, const Tensor& history, const Tensor& edit_ids,
+                 const Tensor& edit_values, const Tensor& /* workspace */, const Tensor& ids,
+                 const Tensor& logprobs) {
+  check_dims(logits, 2, "logits");
+  check_dims(numbers, 2, "numbers");
+  check_dims(history, 2, "history");
+  check_dims(edit_ids, 2, "edit_ids");
+  const int64_t draws = logits.size(0), vocab = logits.size(1);
+  const int64_t table_rows = numbers.size(0), history_size = history.size(1), edits = edit_ids.size(1);
+  check_cuda(logits, ScalarType::Float, "logits");
+  check(logits.stride(1) == 1, "logits: its rows are not contiguous");
+  check(vocab > 0 && vocab <= kSampleMaxVocab, "logits has ", vocab, " columns; 1 to ", kSampleMaxVocab,
+        " fit");
+  check_shape(numbers, {table_rows, kNumbers}, "numbers");
+  check_shape(wholes, {table_rows, kWholes}, "wholes");
+  check_shape(history, {table_rows, history_size}, "history");
+  check_shape(edit_ids, {table_rows, edits}, "edit_ids");
+  check_shape(edit_values, {table_rows, edits}, "edit_values");
+  for (const Tensor* tensor : {&rows, &positions, &ids, &logprobs}) check_shape(*tensor, {draws}, "a draw's");
+  const SampleParams params{
+      .logits = static_cast<const float*>(logits.const_data_ptr()),
+      .stride = logits.stride(0),
+      .draws = draws,
+      .vocab = static_cast<int>(vocab),
+      .aligned = vocab % 4 == 0 && is_aligned(logits.const_data_ptr(), logits.stride(0) * 4),
+      .rows = data_of<int64_t>(rows, ScalarType::Long, "rows"),
+      .positions = data_of<int64_t>(positions, ScalarType::Long, "positions"),
+      .numbers = data_of<float>(numbers, ScalarType::Float, "numbers"),
+      .wholes = data_of<int64_t>(wholes, ScalarType::Long, "wholes"),
+      .history = data_of<int32_t>(history, ScalarType::Int, "history"),
+      .history_size = history_size,
+      .edit_ids = data_of<int32_t>(edit_ids, ScalarType::Int, "edit_ids"),
+      .edit_values = data_of<float>(edit_values, ScalarType::Float, "edit_values"),
+      .edits = edits,
+      .ids = results_of<int64_t>(ids, ScalarType::Long, "ids"),
+      .logprobs = results_of<float>(logprobs, ScalarType::Float, "logprobs"),
+  };
+#if defined(TGI_HAVE_SM90)
+  if (has_clusters()) return check_launch(sample_sm90(params, stream_of(logits)), "sample");
+#endif
+  check(false,
+        "sample: this GPU has no clusters of CTAs (Hopper has); tgi_kernels.sampling composes the op "
+        "elsewhere");
+}
+
 }  // namespace
 }  // namespace tgi
 
-STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) { m.impl("greedy", TORCH_BOX(&tgi::greedy_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
+  m.impl("greedy", TORCH_BOX(&tgi::greedy_cuda));
+  m.impl("sample", TORCH_BOX(&tgi::sample_cuda));
+}

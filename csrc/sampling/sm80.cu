@@ -8,17 +8,19 @@ namespace {
 
 // ---- device ----
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) greedy_row_kernel(const GreedyParams p) {
-  __shared__ Best shared[32];
+__global__ void __launch_bounds__(kThreads, 2) greedy_row_kernel(const GreedyParams p) {
+  __shared__ Best parts[kSlices * kThreads / 32];
   const int64_t row = blockIdx.x;
   let_next_start();
   wait_for_previous();
-  const T* logits = static_cast<const T*>(p.logits) + row * p.stride;
-  const Best best = block_best(scan<T, kThreads>(logits, 0, p.vocab, p.aligned), shared);
-  if (threadIdx.x == 0) store_best(p, row, best);
+  Best slices[kSlices];
+  read_slices<T, kThreads>(static_cast<const T*>(p.logits) + row * p.stride, p, 0, parts, slices);
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kSlices; ++i) slices[0] = merge(slices[0], slices[i]);
+  store_best(p, row, slices[0]);
 }
 
 }  // namespace

@@ -1,39 +1,27 @@
-"""The whole way, HTTP to HTTP, on a real model. The oracle is transformers in fp32 on the same folder."""
+"""The whole way, HTTP to HTTP, on a real model: the same tokens as in process, where transformers checks them."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.e2e.conftest import NEW_TOKENS, Reference
+from tests.e2e.prompts import PROMPTS
 from tests.server import DEMO, Server
+from tgi_server.config import ModelConfig
 
-PROMPTS = (
-    "The three laws of thermodynamics are",
-    "def fibonacci(n):\n    ",
-    "Il était une fois, dans un petit village,",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-    "Die Hauptstadt von Österreich ist",
-    "Q: What is the boiling point of water at sea level?\nA:",
-    "SELECT name, COUNT(*) FROM orders WHERE date > '2024-01-01'",
-    "日本の首都は",
-)
-NEW_TOKENS = 64
+SOME = PROMPTS[:8]
 
 
 @pytest.fixture(scope="module")
-def oracle() -> dict[str, list[int]]:
-    """What transformers' greedy search generates for each prompt."""
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+def expected(reference: Reference) -> dict[str, list[int]]:
+    """The ids of each answer, which ends with the first end-of-sequence id."""
+    stops = ModelConfig.from_folder(DEMO).eos_token_ids
     answers = {}
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        answers[prompt] = ids[0, inputs.input_ids.shape[1] :].tolist()
+    for prompt, answer in zip(PROMPTS, reference.answers, strict=True):
+        end = next((i + 1 for i, token in enumerate(answer.ids) if token in stops), NEW_TOKENS)
+        answers[prompt] = answer.ids[:end]
     return answers
 
 
@@ -50,22 +38,22 @@ def stream(server: Server, prompt: str) -> list[int]:
 
 
 @pytest.mark.parametrize("ask", [generate, stream])
-def test_tokens_equal_the_oracle_alone(server: Server, oracle: dict[str, list[int]], ask) -> None:
-    for prompt in PROMPTS:
-        assert ask(server, prompt) == oracle[prompt], prompt
+def test_tokens_equal_those_in_process_alone(server: Server, expected: dict[str, list[int]], ask) -> None:
+    for prompt in SOME:
+        assert ask(server, prompt) == expected[prompt], prompt
 
 
 @pytest.mark.parametrize("ask", [generate, stream])
-def test_tokens_equal_the_oracle_among_sixteen_others(
-    server: Server, oracle: dict[str, list[int]], ask
+def test_tokens_equal_those_in_process_among_sixteen_others(
+    server: Server, expected: dict[str, list[int]], ask
 ) -> None:
     crowd = [f"Item {i} of {'many ' * i}things:" for i in range(16)]
     with ThreadPoolExecutor(24) as pool:
         others = [pool.submit(generate, server, prompt) for prompt in crowd]
-        answers = list(pool.map(lambda prompt: ask(server, prompt), PROMPTS))
+        answers = list(pool.map(lambda prompt: ask(server, prompt), SOME))
         for other in others:
             other.result()
-    assert dict(zip(PROMPTS, answers, strict=True)) == oracle
+    assert answers == [expected[prompt] for prompt in SOME]
 
 
 def test_the_capital_of_france(server: Server) -> None:

@@ -42,6 +42,27 @@ def test_steps_that_are_all_alike_still_give_a_budget() -> None:
     assert budget.prompt_tokens(decoding=8) == pytest.approx(42, abs=1)
 
 
+@pytest.mark.parametrize("odd", [0.97, 1.03, 1.1])
+def test_noise_in_steps_that_are_nearly_alike_does_not_pass_for_a_slope(odd: float) -> None:
+    budget = TokenBudget(0.1, 4096)
+    for i in range(100):  # every other step has one token more, and happens to be faster or slower
+        budget.observe(50 + i % 2, 0.05 * (odd if i % 2 else 1.0))
+    assert 25 <= budget.prompt_tokens(decoding=50) <= 100, "50 ms are spare, and a token takes about 1 ms"
+
+
+def test_chunks_shrink_as_the_tokens_of_a_long_prompt_become_dearer() -> None:
+    """With attention over 4000 tokens one may cost five times as much as the first; streams may slow down, not stop."""
+    budget = TokenBudget(0.1, 4096)
+    for _ in range(50):
+        budget.observe(40, 0.05)
+    chunks = []
+    for step in range(60):
+        chunks.append(budget.prompt_tokens(decoding=40))
+        budget.observe(40 + chunks[-1], 0.05 + chunks[-1] * 0.0005 * (1 + step / 15))
+    assert chunks[-1] < chunks[10]
+    assert 0.05 + chunks[-1] * 0.0025 < 0.17
+
+
 def test_urgent_requests_overtake_but_nobody_starves() -> None:
     """One request is served at a time; a stream of urgent ones may not hold back the patient one for ever."""
     rig = Rig(sequences=1)

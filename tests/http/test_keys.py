@@ -12,8 +12,9 @@ from tests.http.conftest import Start
 from tests.http.fake_engine import FakeEngine
 from tgi_server.config import ServerConfig
 from tgi_server.http.keys import ACCESS, Access, Keys, check_key
+from tgi_server.http.metrics import Metrics
 from tgi_server.http.middleware import guard
-from tgi_server.http.state import CONFIG
+from tgi_server.http.state import CONFIG, LIFE, METRICS, Life
 
 Say = Callable[..., FakeEngine]
 
@@ -86,6 +87,7 @@ async def test_a_route_missing_in_the_table_needs_an_administrators_key() -> Non
     access = check_key(Keys(("right",), ("boss",)))
     app = web.Application(middlewares=[guard, access])
     app[CONFIG] = ServerConfig(Path("m"), "m", "h", 1, 1, 1)
+    app[METRICS], app[LIFE] = Metrics(1), Life()
     app.router.add_get("/new", answer)
     async with TestClient(TestServer(app)) as client:
         for key, status in (("wrong", 401), ("right", 403), ("boss", 200)):

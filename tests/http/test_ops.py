@@ -57,7 +57,7 @@ async def test_info_has_the_fields_of_tgi(start: Start) -> None:
         "max_input_tokens": 199,
         "max_total_tokens": 200,
         "validation_workers": 1,
-        "max_client_batch_size": 4,
+        "max_client_batch_size": 64,
         "router": "tgi-server",
         "sha": None,
         "docker_label": None,

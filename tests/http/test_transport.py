@@ -34,8 +34,8 @@ async def say_raw(client: TestClient, data: bytes, *, half_close: bool = False) 
     writer.write(data)
     if half_close:
         writer.write_eof()
-    status = 102
-    while status == 102:
+    status = 100
+    while status == 100:
         head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode()
         status = int(head.split()[1])
     length = next(line for line in head.split("\r\n") if line.lower().startswith("content-length"))
@@ -172,9 +172,39 @@ async def test_pipelined_requests_and_continue_and_http_1_0_are_served(start: St
     assert (await say_raw(client, post().replace(b"HTTP/1.1", b"HTTP/1.0")))[0] == 200
 
 
+async def test_half_sent_headers_are_a_408_after_a_while(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(head_s=0.2))
+    status, error = await say_raw(client, b"POST /generate HTTP/1.1\r\nHost:")
+    assert status == 408
+    assert error["error_type"] == "timeout"
+
+
+async def test_headers_that_drip_get_no_more_time(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(head_s=0.2))
+    reader, writer = await connect(client)
+    for line in (b"GET /health HTTP/1.1\r\n", b"A: b\r\n", b"C: d\r\n", b"E: f\r\n"):
+        writer.write(line)
+        await asyncio.sleep(0.04)
+    assert b"408" in await asyncio.wait_for(reader.read(), 5)
+
+
+async def test_a_slow_answer_is_no_slow_request(start: Start, say: Say) -> None:
+    client = await start(say("hello world", delay_s=0.1), patience=Patience(head_s=0.2))
+    for _ in range(2):
+        assert (await client.post("/generate", data=BODY)).status == 200
+
+
+async def test_incomplete_headers_take_little_memory(start: Start, say: Say) -> None:
+    client = await start(say("a"))
+    head = b"GET /health HTTP/1.1\r\n" + b"".join(b"A%d: %s\r\n" % (i, b"x" * 8000) for i in range(9))
+    status, error = await say_raw(client, head)
+    assert status == 431
+    assert "65536" in error["error"]
+
+
 async def test_a_thousand_idle_connections_leave_the_others_alone(start: Start, say: Say) -> None:
     client = await start(say("a"))
-    opened = [await connect(client) for _ in range(200)]
+    opened = [await connect(client) for _ in range(1000)]
     for _, writer in opened:
         writer.write(b"POST /generate HTTP/1.1\r\nHost:")
     assert (await client.post("/generate", data=BODY)).status == 200

@@ -35,7 +35,9 @@ def assert_rounded(out: Tensor, exact: Tensor) -> None:
         torch.testing.assert_close(out.double(), exact, rtol=4e-6, atol=1e-7 * exact.abs().max().item())
         return
     step = torch.finfo(out.dtype).eps
-    noise = max(torch.finfo(out.dtype).tiny, 1e-13 * exact.abs().max().item())  # gelu's oracle cancels far below 0
+    noise = max(
+        torch.finfo(out.dtype).tiny, 1e-13 * exact.abs().max().item()
+    )  # gelu's oracle cancels far below 0
     assert ((out.double() - exact).abs() <= step * exact.abs() + noise).all()
     assert ((out != exact.to(out.dtype)) & (exact.abs() > noise)).double().mean() <= 0.002
 

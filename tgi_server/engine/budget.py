@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_FADING = 0.98  # weight of the past per step: about the last fifty steps count
+# Weight of the past per step: about the last twenty steps count. Late tokens of a long prompt cost several times
+# what its first ones did, and that should be noticed while it is read.
+_FADING = 0.95
+# Weight of the prior on the slope: it counts half when the sizes of steps deviate by a tenth of their mean.
+_PRIOR = 0.01
 _SMALLEST_CHUNK = 16  # tokens; a prompt always moves on
 # When decoding alone takes longer than the target, prompts may add this share of its time to a step:
 # streams slow down by less than half while a prompt is read, and the prompt is not starved.
@@ -36,13 +40,13 @@ class StepTimes:
         """(a, b) of a + b·n, b > 0; None before anything was observed."""
         if not self.tokens or not self.seconds:
             return None
-        spread = self.weight * self.tokens_squared - self.tokens**2
-        slope = (
-            (self.weight * self.tokens_seconds - self.tokens * self.seconds) / spread
-            if spread > 1e-9
-            else 0.0
-        )
-        if slope <= 0.0:  # all steps alike, or noise: blame the tokens for everything, the careful reading
+        # Steps that are nearly alike say nothing of the slope but noise: as their spread vanishes it becomes
+        # what a token costs if nothing is fixed, the careful reading.
+        prior = _PRIOR * self.tokens**2
+        spread = self.weight * self.tokens_squared - self.tokens**2 + prior
+        trend = self.weight * self.tokens_seconds - self.tokens * self.seconds
+        slope = (trend + prior * self.seconds / self.tokens) / spread
+        if slope <= 0.0:
             slope = self.seconds / self.tokens
         return max(0.0, (self.seconds - slope * self.tokens) / self.weight), slope
 

@@ -22,8 +22,6 @@ from tgi_server.engine.request import (
 )
 from tgi_server.errors import ErrorKind, UserError
 
-_GONE = UserError(ErrorKind.UNAVAILABLE, "the engine process has ended; this request cannot be completed")
-
 
 class EngineClient:
     """Submits requests and routes each its events. Make it with `connect`, from the event loop it will live in."""
@@ -101,7 +99,7 @@ class EngineClient:
         if self._status.phase != "failed":
             self._status = EngineStatus(phase="dead", detail=detail)
         for inbox in self._inboxes.values():
-            inbox.put_nowait(_GONE)
+            inbox.put_nowait(_gone())
         self._changed.set()
 
     async def close(self) -> None:
@@ -115,7 +113,7 @@ class EngineClient:
         if self.ready:
             return
         if not self._alive:
-            raise _GONE
+            raise _gone()
         raise UserError(
             ErrorKind.UNAVAILABLE,
             f"the engine is {self._status.phase}, not ready yet; try again in some seconds",
@@ -142,6 +140,10 @@ class EngineClient:
             return
         self._status = message
         self._changed.set()
+
+
+def _gone() -> UserError:
+    return UserError(ErrorKind.UNAVAILABLE, "the engine process has ended; this request cannot be completed")
 
 
 def _raise_failure(event: TokenEvent) -> None:

@@ -32,7 +32,7 @@ class Launched(Protocol):
     """A step under way."""
 
     def result(self) -> list[Sampled]:
-        """Wait for the step; one entry for each work item that samples, in the plan's order."""
+        """Wait for the step; one entry for each work item that samples or is scored, in the plan's order."""
 
 
 class Runner(Protocol):

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import msgspec
 
+from tgi_server.engine.request import Sampling
 
-class Work(msgspec.Struct, array_like=True):
+
+class Asked(msgspec.Struct, array_like=True):
+    """What the sampler must know of a sequence; it keeps it under the sequence's row."""
+
+    sampling: Sampling = Sampling()
+    prompt_tokens: int = 0
+    min_new_tokens: int = 0
+    masked: list[int] = []  # cannot be drawn before
+    before: list[int] = []  # the tokens that were found in the cache, if the sampler must remember the past
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what is drawn depends on the tokens before, other than through the model."""
+        return self.sampling.penalised or self.sampling.watermark
+
+    @property
+    def anything(self) -> bool:
+        """Whether something else than the likeliest token of the raw logits is asked for."""
+        drawn = self.sampling.temperature > 0 or bool(self.sampling.logit_bias)
+        return drawn or self.remembers or (self.min_new_tokens > 0 and bool(self.masked))
+
+
+class Work(msgspec.Struct, array_like=True, gc=False):
     """One sequence's share of a step: positions start … start + count - 1.
 
     `token_ids` are the inputs; empty when the one input is the id that was last sampled for this row: it is on
@@ -22,9 +45,12 @@ class Work(msgspec.Struct, array_like=True):
     first_page: int
     new_pages: list[int]
     samples: bool  # its last position yields a new token
+    asked: Asked | None = None  # with the first work of a sequence and after each preemption
+    top_logprobs: int = 0  # likeliest tokens to report beside each one drawn or scored
+    scored: list[int] = []  # the tokens after the first positions, where their logprobs are asked for
 
 
-class Plan(msgspec.Struct, array_like=True):
+class Plan(msgspec.Struct, array_like=True, gc=False):
     """One step: single tokens of sequences that decode first, then chunks of prompts.
 
     Steps run in the order they are planned.
@@ -37,8 +63,11 @@ class Plan(msgspec.Struct, array_like=True):
         return sum(work.count for work in self.work)
 
 
-class Sampled(msgspec.Struct, array_like=True):
-    """What a step gave one sampling sequence: tokens (several under speculation) and their logprobs."""
+class Sampled(msgspec.Struct, array_like=True, gc=False):
+    """What a step gave one sequence: tokens (several under speculation), their logprobs, those of its prompt."""
 
     token_ids: list[int]
     logprobs: list[float]
+    top: list[list[tuple[int, float]]] = []  # for each token the likeliest (id, logprob), if asked for
+    prompt_logprobs: list[float] = []  # of the work's `scored`
+    prompt_top: list[list[tuple[int, float]]] = []

@@ -33,10 +33,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int = 0  # unsigned, 64 bits
     choice: int = 0  # which of a request's answers: part of the noise's counter, so that they differ
 
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens that have occurred are less likely, or likelier, to occur again."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
 
 # The fields of GenerationRequest and Sampling the engine acts on already. A front end refuses the others by
 # the name the client gave them, so that nothing is ignored; add a field here with the code that honours it.
-HONOURED: Final[frozenset[str]] = frozenset()
+HONOURED: Final[frozenset[str]] = frozenset(
+    (*Sampling.__struct_fields__, "min_new_tokens", "top_logprobs", "prompt_logprobs")
+)
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -90,6 +97,17 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     free_pages: int = 0
     total_pages: int = 0
     detail: str = ""
+    # Counted since the engine started, for `/metrics`.
+    prompt_tokens: int = 0  # of prompts begun
+    prefix_hit_tokens: int = 0  # of those, found in the cache
+    preemptions: int = 0
+    prefill_steps: int = 0  # computed steps with prompt tokens, perhaps beside answers'
+    decode_steps: int = 0
+    failed_prefill_steps: int = 0
+    failed_decode_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    stepped_sequences: int = 0  # over all steps
 
 
 ToEngine = GenerationRequest | Cancel

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tgi_kernels.sampling import greedy
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.sampler import Drawn, Sampler, Scored, results
 from tgi_server.models import load_model
 
 
@@ -20,13 +20,13 @@ from tgi_server.models import load_model
 class Launched:
     """A step that is done."""
 
-    ids: Tensor  # [rows] int64
-    logprobs: Tensor  # [rows] fp32
+    plan: Plan
+    drawn: Drawn
+    scored: Mapping[int, Scored]
 
     def result(self) -> list[Sampled]:
-        """What each sampling work item got, in the plan's order."""
-        pairs = zip(self.ids.tolist(), self.logprobs.tolist(), strict=True)
-        return [Sampled([token], [logprob]) for token, logprob in pairs]
+        """What each work item that samples or is scored got, in the plan's order."""
+        return results(self.plan, self.drawn, self.scored)
 
 
 class CpuRunner:
@@ -42,14 +42,19 @@ class CpuRunner:
         self._kv = torch.zeros(shape)
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))
         self._last_ids = np.zeros(config.max_sequences, np.int64)
+        self._sampler = Sampler(
+            config.max_sequences, config.max_total_tokens, model_config.vocab_size, torch.device("cpu")
+        )
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Compute `plan`, which must not be empty."""
+        self._sampler.read(plan)
         host = self._builder.build(plan)
         host.token_ids[host.fed_at] = self._last_ids[host.fed_rows]
         batch = host.on_cpu()
         hidden = self._model(batch, self._kv)
-        ids, logprobs = greedy(self._model.logits(hidden[batch.logit_rows]))
-        self._last_ids[host.sampling_rows] = ids.numpy()
-        return Launched(ids, logprobs)
+        scored = self._sampler.score(plan, hidden, self._model.logits)
+        drawn = self._sampler.draw(plan, self._model.logits(hidden[batch.logit_rows]))
+        self._last_ids[host.sampling_rows] = drawn.ids.numpy()
+        return Launched(plan, drawn, scored)

@@ -56,6 +56,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by key
         self._running: list[Sequence] = []  # by key
         self._rows = list(range(limits.max_sequences - 1, -1, -1))
+        self._added = 0  # requests so far: an order among those that arrive at one instant
 
     @property
     def waiting(self) -> int:
@@ -81,7 +82,8 @@ class Scheduler:
                 "ask for fewer tokens",
             )
         now = self._clock()
-        key = now + request.priority * SECONDS_PER_PRIORITY
+        self._added += 1
+        key = (now + request.priority * SECONDS_PER_PRIORITY, self._added)
         sequence = Sequence(request, key, arrived_s=now, tokens=list(request.prompt_ids))
         self._sequences[request.id] = sequence
         insort(self._waiting, sequence, key=_key)
@@ -118,7 +120,7 @@ class Scheduler:
         return Plan(decodes + chunks)
 
     def commit(self, plan: Plan, sampled: list[Sampled], seconds: float = 0.0) -> list[TokenEvent]:
-        """Take a step's results, one entry of `sampled` for each work item that samples, in order.
+        """Take a step's results, one entry of `sampled` for each work item that samples or is scored, in order.
 
         `seconds`: how long the step took, from which later steps' sizes are derived.
         """
@@ -127,13 +129,15 @@ class Scheduler:
         events: list[TokenEvent] = []
         results = iter(sampled)
         for work in plan.work:
-            result = next(results) if work.samples else None
+            result = next(results) if work.samples or work.scored else None
             sequence = self._sequences.get(work.id)
             if sequence is None:
                 continue  # cancelled or finished since
             if sequence.epoch == work.epoch:
                 sequence.computed = work.start + work.count
-            if result is not None:
+            if result is not None and work.scored:
+                sequence.take_prompt_logprobs(work.start, result)
+            if result is not None and work.samples:
                 sequence.pending -= 1
                 events.append(self._extend(sequence, result))
             self._publish(sequence)
@@ -154,6 +158,8 @@ class Scheduler:
     def _work(self, sequence: Sequence, count: int) -> Work:
         start = sequence.scheduled
         fed = sequence.fed
+        asked = sequence.asked() if sequence.handed_over == 0 else None
+        scored = sequence.request.prompt_ids[start + 1 : start + count + 1] if sequence.scores_prompt else []
         first_page, sequence.handed_over = sequence.handed_over, len(sequence.pages)
         sequence.scheduled += count
         samples = sequence.scheduled == len(sequence.tokens) + sequence.pending
@@ -169,6 +175,9 @@ class Scheduler:
             first_page=first_page,
             new_pages=sequence.pages[first_page:],
             samples=samples,
+            asked=asked,
+            top_logprobs=sequence.request.top_logprobs,
+            scored=scored,
         )
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
@@ -207,6 +216,8 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Full pages found in the prefix index; at least one token is left to compute."""
+        if sequence.scores_prompt:
+            return []  # the logprobs of a prompt need all of it computed
         full = (len(sequence.tokens) - 1) // PAGE_TOKENS
         keys = [sequence.key_of_page(i) for i in range(full)]
         return self._pool.match(keys, [sequence.page_tokens(i) for i in range(full)], sequence.salt)
@@ -245,12 +256,16 @@ class Scheduler:
                 finish = FinishReason.LENGTH
             if finish is not None:
                 break
+        first = sequence.generated == taken
         return TokenEvent(
             sequence.request.id,
             result.token_ids[:taken],
             result.logprobs[:taken],
             finish,
-            queued_s=sequence.queued_s if sequence.generated == taken else None,
+            top=result.top[:taken],
+            prompt_logprobs=sequence.prompt_logprobs if first else [],
+            prompt_top=sequence.prompt_top if first else [],
+            queued_s=sequence.queued_s if first else None,
         )
 
     def _publish(self, sequence: Sequence) -> None:

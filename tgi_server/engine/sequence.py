@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.pages import PageKey, page_key
+from tgi_server.engine.plan import Asked, Sampled
 from tgi_server.engine.request import GenerationRequest
 
 
@@ -20,7 +21,7 @@ class Sequence:
     """
 
     request: GenerationRequest
-    key: float  # smaller runs first
+    key: tuple[float, int]  # smaller runs first; no two are equal
     arrived_s: float
     tokens: list[int]
     computed: int = 0
@@ -33,6 +34,8 @@ class Sequence:
     fed: bool = False  # its next input is the id its row sampled last, on the device
     handed_over: int = 0  # leading pages that plans have told the runner of
     published: int = 0  # leading pages that are in the prefix index
+    prompt_logprobs: list[float] = field(default_factory=list)  # of prompt_ids[1:], as far as known
+    prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
     _keys: list[PageKey] = field(default_factory=list)
 
     @property
@@ -45,6 +48,30 @@ class Sequence:
         if self.generated + self.pending >= self.request.max_new_tokens:
             return 0
         return len(self.tokens) + self.pending - self.scheduled
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the logprobs of its prompt are still to be reported."""
+        return self.request.prompt_logprobs and self.generated + self.pending == 0
+
+    def asked(self) -> Asked:
+        """What its sampler must know before the next step."""
+        request = self.request
+        asked = Asked(
+            request.sampling,
+            len(request.prompt_ids),
+            request.min_new_tokens,
+            request.stop_token_ids if request.min_new_tokens else [],
+        )
+        if asked.remembers:
+            asked.before = self.tokens[: self.scheduled]
+        return asked
+
+    def take_prompt_logprobs(self, start: int, result: Sampled) -> None:
+        """Those of prompt_ids[start + 1:]; what an earlier epoch computed is known already."""
+        known = len(self.prompt_logprobs) - start
+        self.prompt_logprobs += result.prompt_logprobs[known:]
+        self.prompt_top += result.prompt_top[known:]
 
     @property
     def salt(self) -> PageKey:

@@ -10,14 +10,54 @@ from tgi_server.config import ServerConfig
 from tgi_server.engine.request import HONOURED as HONOURED_BY_ENGINE
 from tgi_server.http.chat import post_chat
 from tgi_server.http.completions import post_completions
+from tgi_server.http.cors import answer_preflights, name_origin
+from tgi_server.http.docs import get_docs, get_openapi
 from tgi_server.http.generate import post_compat, post_generate, post_generate_stream
 from tgi_server.http.keys import Keys, check_key
+from tgi_server.http.metrics import Metrics
 from tgi_server.http.middleware import echo_request_id, guard
-from tgi_server.http.ops import get_info, get_live, get_models, get_ready
+from tgi_server.http.ops import get_info, get_live, get_metrics, get_models, get_ready
 from tgi_server.http.platforms import post_invocations, post_vertex
-from tgi_server.http.state import CONFIG, ENGINE, HONOURED, PATIENCE, TEXT, VERSION, Engine, Patience
+from tgi_server.http.state import (
+    CONFIG,
+    ENGINE,
+    HONOURED,
+    LIFE,
+    METRICS,
+    PATIENCE,
+    RENDERER,
+    TEXT,
+    VERSION,
+    Engine,
+    Life,
+    Patience,
+)
 from tgi_server.http.tokenize import post_chat_tokenize, post_detokenize, post_tokenize
+from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
+
+_ROUTES = (
+    web.post("/generate", post_generate),
+    web.post("/generate_stream", post_generate_stream),
+    web.post("/", post_compat),
+    web.post("/v1/chat/completions", post_chat),
+    web.post("/v1/completions", post_completions),
+    web.post("/tokenize", post_tokenize),
+    web.post("/detokenize", post_detokenize),
+    web.post("/chat_tokenize", post_chat_tokenize),
+    web.post("/invocations", post_invocations),
+    web.post("/vertex", post_vertex),
+    web.get("/v1/models", get_models),
+    web.get("/info", get_info),
+    web.get("/", get_ready),
+    web.get("/health", get_ready),
+    web.get("/ping", get_ready),
+    web.get("/readyz", get_ready),
+    web.get("/livez", get_live),
+    web.get("/openapi.json", get_openapi),
+    web.get("/api-doc/openapi.json", get_openapi),
+    web.get("/docs", get_docs),
+)
 
 
 def make_app(
@@ -33,7 +73,11 @@ def make_app(
     honoured: the request fields the engine acts on; others are refused by name.
     """
     app = web.Application(
-        middlewares=[guard, check_key(Keys(config.api_keys, config.admin_keys))],
+        middlewares=[
+            guard,
+            answer_preflights(config.cors_allow_origin),
+            check_key(Keys(config.api_keys, config.admin_keys)),
+        ],
         client_max_size=config.payload_limit_bytes,
     )
     app[CONFIG] = config
@@ -41,30 +85,23 @@ def make_app(
     app[TEXT] = text
     app[PATIENCE] = patience or Patience()
     app[HONOURED] = honoured
+    app[METRICS] = Metrics(config.max_total_tokens)
+    app[LIFE] = Life()
+    if text.template is not None:
+        app[RENDERER] = Renderer(text.template)
+        app.on_cleanup.append(_close_renderer)
     app[VERSION] = _version()
     app.on_response_prepare.append(echo_request_id)
-    app.router.add_routes(
-        [
-            web.post("/generate", post_generate),
-            web.post("/generate_stream", post_generate_stream),
-            web.post("/", post_compat),
-            web.post("/v1/chat/completions", post_chat),
-            web.post("/v1/completions", post_completions),
-            web.post("/tokenize", post_tokenize),
-            web.post("/detokenize", post_detokenize),
-            web.post("/chat_tokenize", post_chat_tokenize),
-            web.post("/invocations", post_invocations),
-            web.post("/vertex", post_vertex),
-            web.get("/v1/models", get_models),
-            web.get("/info", get_info),
-            web.get("/", get_ready),
-            web.get("/health", get_ready),
-            web.get("/ping", get_ready),
-            web.get("/readyz", get_ready),
-            web.get("/livez", get_live),
-        ]
-    )
+    if config.cors_allow_origin:
+        app.on_response_prepare.append(name_origin)
+    app.router.add_routes(_ROUTES)
+    if config.prometheus_port is None:
+        app.router.add_get("/metrics", get_metrics)
     return app
+
+
+async def _close_renderer(app: web.Application) -> None:
+    await app[RENDERER].close()
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ from tgi_server.http.answers import json_response, sse_event
 from tgi_server.http.body import read_fields
 from tgi_server.http.chat_prompt import encode_chat, render_chat
 from tgi_server.http.choices import collect, generate_each
-from tgi_server.http.generation import Job, Piece
+from tgi_server.http.generation import Job, Piece, maker_of
 from tgi_server.http.openai import (
     DONE,
     check_model,
@@ -28,7 +28,7 @@ from tgi_server.http.parameters import MAX_OPENAI_TOP_TOKENS, Parameters, read_o
 from tgi_server.http.prompt import room_for_answer
 from tgi_server.http.schema import Fields, ignored_header
 from tgi_server.http.sse import stream_events
-from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT, VERSION
+from tgi_server.http.state import CONFIG, HONOURED, TEXT, VERSION
 from tgi_server.text.tokenizer import Tokenizer
 
 
@@ -53,7 +53,7 @@ async def answer_chat(request: web.Request, fields: Fields) -> web.StreamRespons
     if query.stream:
         return await stream_events(request, _events(request, query), Flavour.OPENAI, query.headers)
     text = request.app[TEXT]
-    answers = await collect(request.app[ENGINE], text, [query.job])
+    answers = await collect(maker_of(request), [query.job])
     body = {
         **_head(query, "chat.completion", request.app[VERSION]),
         "choices": [_choice(query, index, answer, text.tokenizer) for index, answer in enumerate(answers)],
@@ -68,10 +68,10 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
     config, text = app[CONFIG], app[TEXT]
     model = check_model(config, fields)
     refuse_unsupported(fields)
-    parameters = _parameters(fields, app[HONOURED], text.vocab_size)
+    parameters = _parameters(fields, app[HONOURED], text.vocab_size, config.sampling_defaults)
     stream = fields.flag("stream") is True
     include_usage = read_stream_options(fields, stream=stream)
-    ids = await encode_chat(app, render_chat(app, fields))
+    ids = await encode_chat(app, await render_chat(app, fields))
     limit_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     room = room_for_answer(config, len(ids), parameters.max_new_tokens, "messages", limit_field)
     return Query(
@@ -84,14 +84,16 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
     )
 
 
-def _parameters(fields: Fields, honoured: frozenset[str], vocab_size: int) -> Parameters:
+def _parameters(
+    fields: Fields, honoured: frozenset[str], vocab_size: int, defaults: Mapping[str, float]
+) -> Parameters:
     logprobs = fields.flag("logprobs") is True
     top = fields.integer("top_logprobs", 0, MAX_OPENAI_TOP_TOKENS) or 0
     if top and not logprobs:
         fields.refuse("top_logprobs", f"is {top}, but logprobs is not true; set it, or leave both out")
     if top:
         refuse_unhonoured(fields, "top_logprobs", "top_logprobs", honoured)
-    return replace(read_openai(fields, honoured, vocab_size), logprobs=logprobs, top_logprobs=top)
+    return replace(read_openai(fields, honoured, vocab_size, defaults), logprobs=logprobs, top_logprobs=top)
 
 
 def _head(query: Query, kind: str, version: str) -> dict[str, object]:
@@ -123,7 +125,7 @@ async def _events(request: web.Request, query: Query) -> AsyncGenerator[bytes, N
     head = {**_head(query, "chat.completion.chunk", request.app[VERSION]), "choices": [], "usage": None}
     waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
     count = 0
-    async with aclosing(generate_each(request.app[ENGINE], text, [query.job])) as pieces:
+    async with aclosing(generate_each(maker_of(request), [query.job])) as pieces:
         async for index, piece in pieces:
             count += 1
             if index not in waiting:

@@ -12,7 +12,7 @@ from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.messages import read_messages
 from tgi_server.http.prompt import check_encoded, check_length, encode
 from tgi_server.http.schema import Fields
-from tgi_server.http.state import CONFIG, TEXT
+from tgi_server.http.state import CONFIG, RENDERER, TEXT
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class ChatPrompt:
     has_marks: bool
 
 
-def render_chat(app: web.Application, fields: Fields) -> ChatPrompt:
+async def render_chat(app: web.Application, fields: Fields) -> ChatPrompt:
     """The prompt for a body's messages, by the model's template."""
     text = app[TEXT]
     messages = read_messages(fields)
-    if text.template is None:
+    renderer = app.get(RENDERER)
+    if renderer is None:
         raise UserError(
-            ErrorKind.INVALID,
+            ErrorKind.TEMPLATE,
             "this model has no chat template; put a chat_template.jinja in its folder, or use /generate",
             "messages",
         )
@@ -47,7 +48,7 @@ def render_chat(app: web.Application, fields: Fields) -> ChatPrompt:
     verbatim = None if app[CONFIG].parse_special_in_content else text.verbatim
     marked = verbatim.mark(messages) if verbatim else messages
     marked_variables = verbatim.mark(variables) if verbatim else variables
-    prompt = text.template.render(
+    prompt = await renderer.render(
         marked,
         add_generation_prompt=add_prompt is not False,
         continue_final_message=continues,

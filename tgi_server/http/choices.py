@@ -6,16 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from tgi_server.http.generation import Job, Piece, generate
-from tgi_server.http.state import Engine
-from tgi_server.text.text import Text
+from tgi_server.http.generation import Job, Maker, Piece, generate
 
 _AHEAD_PIECES = 64  # how far answers may run ahead of a slow reader
 
 
-async def generate_each(
-    engine: Engine, text: Text, jobs: Sequence[Job]
-) -> AsyncGenerator[tuple[int, Piece], None]:
+async def generate_each(maker: Maker, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
     """(which answer, its next piece) of every job's answers, as they come.
 
     Job j has the answers from j * choices on; the jobs share their parameters. An error of one answer ends
@@ -23,7 +19,7 @@ async def generate_each(
     """
     choices = jobs[0].parameters.choices
     if len(jobs) * choices == 1:
-        async with aclosing(generate(engine, text, jobs[0])) as pieces:
+        async with aclosing(generate(maker, jobs[0])) as pieces:
             async for piece in pieces:
                 yield 0, piece
         return
@@ -32,7 +28,7 @@ async def generate_each(
     async def pump(index: int) -> None:
         job, choice = jobs[index // choices], index % choices
         try:
-            async with aclosing(generate(engine, text, job, choice)) as pieces:
+            async with aclosing(generate(maker, job, choice)) as pieces:
                 async for piece in pieces:
                     await queue.put((index, piece))
         except Exception as error:
@@ -56,10 +52,10 @@ async def generate_each(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def collect(engine: Engine, text: Text, jobs: Sequence[Job]) -> list[list[Piece]]:
+async def collect(maker: Maker, jobs: Sequence[Job]) -> list[list[Piece]]:
     """The pieces of every answer, once all are complete."""
     answers: list[list[Piece]] = [[] for _ in range(len(jobs) * jobs[0].parameters.choices)]
-    async with aclosing(generate_each(engine, text, jobs)) as pieces:
+    async with aclosing(generate_each(maker, jobs)) as pieces:
         async for index, piece in pieces:
             answers[index].append(piece)
     return answers

@@ -15,7 +15,7 @@ from tgi_server.errors import Flavour
 from tgi_server.http.answers import json_response, sse_event
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect, generate_each
-from tgi_server.http.generation import Finish, Job, Piece
+from tgi_server.http.generation import Finish, Job, Piece, maker_of
 from tgi_server.http.openai import (
     DONE,
     check_model,
@@ -34,10 +34,8 @@ from tgi_server.http.parameters import (
 from tgi_server.http.prompt import check_ids, encode, room_for_answer
 from tgi_server.http.schema import Fields, ignored_header, invalid
 from tgi_server.http.sse import stream_events
-from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT, VERSION
+from tgi_server.http.state import CONFIG, HONOURED, TEXT, VERSION
 from tgi_server.text.tokenizer import Tokenizer
-
-MAX_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ async def answer_completions(request: web.Request, fields: Fields) -> web.Stream
     if query.stream:
         return await stream_events(request, _events(request, query), Flavour.OPENAI, query.headers)
     text = request.app[TEXT]
-    answers = await collect(request.app[ENGINE], text, query.jobs)
+    answers = await collect(maker_of(request), query.jobs)
     generated = 0 if query.prompt_only else sum(map(len, answers))
     body = {
         **_head(query, request.app[VERSION]),
@@ -91,7 +89,13 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
     model = check_model(config, fields)
     refuse_unsupported(fields)
     echo = fields.flag("echo") is True
-    parameters = read_openai(fields, app[HONOURED], text.vocab_size, least_tokens=0 if echo else 1)
+    parameters = read_openai(
+        fields,
+        app[HONOURED],
+        text.vocab_size,
+        config.sampling_defaults,
+        least_tokens=0 if echo else 1,
+    )
     choices = parameters.choices
     stream = fields.flag("stream") is True
     include_usage = read_stream_options(fields, stream=stream)
@@ -101,7 +105,7 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
         fields.refuse("echo", "cannot be used in a stream; leave it out")
     special = fields.flag("add_special_tokens") is not False
     jobs, prompts = [], []
-    for prompt, path in _prompts(fields):
+    for prompt, path in _prompts(fields, config.max_client_batch_size):
         if isinstance(prompt, str):
             ids = await encode(text, config, prompt, path, add_special_tokens=special)
         else:
@@ -123,7 +127,7 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
     )
 
 
-def _prompts(fields: Fields) -> list[tuple[str | list[object], str]]:
+def _prompts(fields: Fields, most: int) -> list[tuple[str | list[object], str]]:
     """One text, one list of token ids, or an array of either; each with the path to name it by."""
     value = fields.raw("prompt")
     if isinstance(value, str):
@@ -134,7 +138,7 @@ def _prompts(fields: Fields) -> list[tuple[str | list[object], str]]:
         )
     if all(isinstance(entry, (int, float)) for entry in value):
         return [(value, "prompt")]
-    fields.items("prompt", MAX_PROMPTS)
+    fields.items("prompt", most)
     prompts: list[tuple[str | list[object], str]] = []
     for i, entry in enumerate(value):
         if not isinstance(entry, (str, list)):
@@ -221,7 +225,7 @@ async def _events(request: web.Request, query: _Query) -> AsyncGenerator[bytes, 
     waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
     offsets: dict[int, int] = {}
     count = 0
-    async with aclosing(generate_each(request.app[ENGINE], text, query.jobs)) as pieces:
+    async with aclosing(generate_each(maker_of(request), query.jobs)) as pieces:
         async for index, piece in pieces:
             count += 1
             held = waiting.setdefault(index, [])

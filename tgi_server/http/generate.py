@@ -13,12 +13,12 @@ from tgi_server.errors import Flavour
 from tgi_server.http.answers import json_response, sse_event
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect
-from tgi_server.http.generation import Job, Piece, generate
+from tgi_server.http.generation import Job, Piece, generate, maker_of
 from tgi_server.http.parameters import read_tgi
-from tgi_server.http.prompt import encode, room_for_answer
+from tgi_server.http.prompt import encode, most_input_tokens, room_for_answer
 from tgi_server.http.schema import Fields, ignored_header
 from tgi_server.http.sse import stream_events
-from tgi_server.http.state import CONFIG, ENGINE, HONOURED, TEXT
+from tgi_server.http.state import CONFIG, HONOURED, TEXT
 from tgi_server.text.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ class Query:
 
 async def post_generate(request: web.Request) -> web.StreamResponse:
     query = await read_query(request.app, await read_fields(request))
-    body, headers = await answer_whole(request.app, query)
+    body, headers = await answer_whole(request, query)
     return json_response(body, headers=headers)
 
 
@@ -55,14 +55,14 @@ async def answer_compat(request: web.Request, fields: Fields) -> web.StreamRespo
     query = await read_query(request.app, fields, full_text=True)
     if stream:
         return await answer_stream(request, query)
-    body, headers = await answer_whole(request.app, query)
+    body, headers = await answer_whole(request, query)
     return json_response([body], headers=headers)
 
 
-async def answer_whole(app: web.Application, query: Query) -> tuple[dict[str, object], Mapping[str, str]]:
+async def answer_whole(request: web.Request, query: Query) -> tuple[dict[str, object], Mapping[str, str]]:
     """Body and headers of an answer that is no stream."""
-    text = app[TEXT]
-    answers = await collect(app[ENGINE], text, [query.job])
+    text = request.app[TEXT]
+    answers = await collect(maker_of(request), [query.job])
     best = max(answers, key=_mean_logprob)
     body: dict[str, object] = {"generated_text": _answer_text(query, best)}
     if query.details:
@@ -96,11 +96,11 @@ async def read_query(app: web.Application, fields: Fields, *, full_text: bool = 
     if not prompt:
         fields.refuse("inputs", "is missing or empty; give the text to continue")
     asked = fields.child("parameters")
-    parameters = read_tgi(asked, app[HONOURED])
+    parameters = read_tgi(asked, app[HONOURED], config)
     asked = asked or Fields({}, "parameters")
     details = asked.flag("details") is True or parameters.prompt_logprobs
     wanted = asked.flag("return_full_text")
-    truncate = asked.integer("truncate", 1, config.max_total_tokens - 1)
+    truncate = asked.integer("truncate", 1, most_input_tokens(config))
     ids = await encode(text, config, prompt, "inputs", add_special_tokens=True, cut=truncate is not None)
     if truncate is not None:
         ids = ids[-truncate:]
@@ -123,7 +123,7 @@ async def read_query(app: web.Application, fields: Fields, *, full_text: bool = 
 async def _events(request: web.Request, query: Query) -> AsyncGenerator[bytes, None]:
     """One event a token; the last has the whole text."""
     shown = []
-    async with aclosing(generate(request.app[ENGINE], request.app[TEXT], query.job)) as pieces:
+    async with aclosing(generate(maker_of(request), query.job)) as pieces:
         index = 0
         async for piece in pieces:
             index += 1

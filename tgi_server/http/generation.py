@@ -9,11 +9,13 @@ from enum import Enum
 from uuid import uuid4
 
 import msgspec
+from aiohttp import web
 
 from tgi_server.engine.request import FinishReason, GenerationRequest
 from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.metrics import Turn
 from tgi_server.http.parameters import Parameters
-from tgi_server.http.state import Engine
+from tgi_server.http.state import ENGINE, TEXT, TURN, Engine
 from tgi_server.text.incremental import CONTEXT_TOKENS, incremental_decoder
 from tgi_server.text.stop import StopMatcher
 from tgi_server.text.text import Text
@@ -73,17 +75,33 @@ def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
     )
 
 
-async def generate(engine: Engine, text: Text, job: Job, choice: int = 0) -> AsyncGenerator[Piece, None]:
+@dataclass(frozen=True)
+class Maker:
+    """What makes answers for one HTTP request."""
+
+    engine: Engine
+    text: Text
+    turn: Turn
+
+
+def maker_of(request: web.Request) -> Maker:
+    return Maker(request.app[ENGINE], request.app[TEXT], request[TURN])
+
+
+async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Piece, None]:
     """The pieces of one answer; the last has `finish`. Closing the generator cancels.
 
     Raises UserError as the engine does, or INCOMPLETE if it stops without a reason.
     """
-    tokenizer = text.tokenizer
+    tokenizer = maker.text.tokenizer
     decoder = incremental_decoder(tokenizer, job.prompt_ids[-CONTEXT_TOKENS:])
     matcher = StopMatcher(job.parameters.stops, keep=job.parameters.keep_stop)
     count = 0
-    async with aclosing(engine.submit(make_request(job, text, choice))) as events:
+    request = make_request(job, maker.text, choice)
+    answer = maker.turn.answer(request)
+    async with aclosing(maker.engine.submit(request)) as events:
         async for event in events:
+            answer.saw(event)
             last = len(event.token_ids) - 1
             for i, token_id in enumerate(event.token_ids):
                 count += 1

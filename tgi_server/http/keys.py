@@ -29,7 +29,11 @@ ACCESS: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/livez"): Access.OPEN,
     ("GET", "/ping"): Access.OPEN,
     ("GET", "/readyz"): Access.OPEN,
+    ("GET", "/api-doc/openapi.json"): Access.USER,
+    ("GET", "/docs"): Access.USER,
     ("GET", "/info"): Access.USER,
+    ("GET", "/openapi.json"): Access.USER,
+    ("GET", "/metrics"): Access.USER,  # open on --prometheus-port
     ("GET", "/v1/models"): Access.USER,
     ("POST", "/"): Access.USER,
     ("POST", "/chat_tokenize"): Access.USER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -10,9 +11,10 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tgi_server.errors import ErrorKind, Flavour, UserError
+from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.answers import error_response, flavour_of
-from tgi_server.http.state import CONFIG, FLAVOUR, REQUEST_ID
+from tgi_server.http.metrics import GENERATING, Turn
+from tgi_server.http.state import CONFIG, FLAVOUR, LIFE, METRICS, REQUEST_ID, TURN
 
 log = logging.getLogger(__name__)
 
@@ -22,49 +24,80 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    app = request.app
     given = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-    started = time.monotonic()
-    outcome = "cancelled"
+    counted = request.method == "POST" and request.path in GENERATING
+    turn = request[TURN] = Turn(app[METRICS], counted=counted)
+    status = 0
     try:
-        response = await _answer(request, handler)
-        outcome = str(response.status)
+        if counted and app[LIFE].draining:
+            response: web.StreamResponse = _refuse(request, _stopping())
+        else:
+            response = await _answer(request, handler)
+        status = response.status
         return response
+    except asyncio.CancelledError:
+        turn.dropped = True
+        raise
     finally:
-        log.info(
-            "%s %s %s %.1f ms id=%s",
-            request.method,
-            _printable(request.path),
-            outcome,
-            (time.monotonic() - started) * 1e3,
-            request[REQUEST_ID],
-        )
+        turn.end()
+        _log(request, turn, status)
+
+
+def _stopping() -> UserError:
+    return UserError(ErrorKind.UNAVAILABLE, "the server is stopping and takes no new requests; try another")
+
+
+def _log(request: web.Request, turn: Turn, status: int) -> None:
+    """One line a request; never a word of its prompt."""
+    outcome = "cancelled" if turn.dropped else str(status)
+    if turn.error is not None and status == 200:
+        outcome += f" then {turn.error.value}"
+    tokens = ""
+    if turn.prompt_tokens:
+        first = "none" if turn.first_token_s is None else f"{turn.first_token_s * 1e3:.1f} ms"
+        tokens = f" prompt={turn.prompt_tokens} generated={turn.generated_tokens} first={first}"
+    log.info(
+        "%s %s %s %.1f ms%s id=%s",
+        _printable(request.method),
+        _printable(request.path),
+        outcome,
+        (time.monotonic() - turn.began_s) * 1e3,
+        tokens,
+        request[REQUEST_ID],
+    )
 
 
 async def echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """A signal handler for just before headers go out."""
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
+    response.headers["Server"] = "tgi-server"
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    flavour = flavour_of(request.path)
     try:
         _check_body(request)
         return await handler(request)
     except UserError as error:
-        return error_response(error, request.get(FLAVOUR, flavour))
+        return _refuse(request, error)
     except web.HTTPException as error:
-        return _from_http_exception(error, request, flavour)
+        return _from_http_exception(error, request)
     except ConnectionError:
-        broken = UserError(ErrorKind.UNPARSABLE, "the connection broke before the whole body had arrived")
-        return error_response(broken, flavour)
+        request[TURN].dropped = True
+        message = "the connection broke before the whole body had arrived"
+        return _refuse(request, UserError(ErrorKind.UNPARSABLE, message))
     except Exception:
         log.exception("request %s failed", request[REQUEST_ID])
-        failure = UserError(
-            ErrorKind.INTERNAL, f"internal error; the server's log has it under {request[REQUEST_ID]}"
-        )
-        return error_response(failure, request.get(FLAVOUR, flavour))
+        message = f"internal error; the server's log has it under {request[REQUEST_ID]}"
+        return _refuse(request, UserError(ErrorKind.INTERNAL, message))
+
+
+def _refuse(request: web.Request, error: UserError) -> web.Response:
+    """The error in the shape the client of this route parses."""
+    request[TURN].error = error.kind
+    return error_response(error, request.get(FLAVOUR) or flavour_of(request.path))
 
 
 def _check_body(request: web.Request) -> None:
@@ -78,27 +111,24 @@ def _check_body(request: web.Request) -> None:
         raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=length)
 
 
-def _from_http_exception(error: web.HTTPException, request: web.Request, flavour: Flavour) -> web.Response:
+def _from_http_exception(error: web.HTTPException, request: web.Request) -> web.Response:
     """What aiohttp raises for routes and bodies, as JSON."""
     path = _printable(request.path)
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        failure = UserError(
-            ErrorKind.METHOD_NOT_ALLOWED,
-            f"{path} does not answer {_printable(request.method)}; use {allowed}",
-        )
-        response = error_response(failure, flavour)
+        message = f"{path} does not answer {_printable(request.method)}; use {allowed}"
+        response = _refuse(request, UserError(ErrorKind.METHOD_NOT_ALLOWED, message))
         response.headers["Allow"] = allowed
         return response
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         limit = request.app[CONFIG].payload_limit_bytes
-        failure = UserError(ErrorKind.TOO_LARGE, f"the body has more than {limit} bytes, the most allowed")
-        response = error_response(failure, flavour)
+        message = f"the body has more than {limit} bytes, the most allowed"
+        response = _refuse(request, UserError(ErrorKind.TOO_LARGE, message))
         response.force_close()  # the rest of the body is not worth reading
         return response
     kind = ErrorKind.NOT_FOUND if error.status == 404 else ErrorKind.UNPARSABLE
     message = f"there is no {path}" if error.status == 404 else error.reason
-    return error_response(UserError(kind, message), flavour)
+    return _refuse(request, UserError(kind, message))
 
 
 def _printable(text: str) -> str:

@@ -6,8 +6,9 @@ import msgspec
 from aiohttp import web
 
 from tgi_server.http.answers import json_response
-from tgi_server.http.parameters import MAX_BEST_OF, MAX_TGI_STOPS
-from tgi_server.http.state import CONFIG, ENGINE, VERSION, Engine
+from tgi_server.http.prometheus import CONTENT_TYPE
+from tgi_server.http.prompt import most_input_tokens
+from tgi_server.http.state import CONFIG, ENGINE, LIFE, METRICS, VERSION, Engine, Life
 
 _READY_HEARTBEAT_S = 5.0
 _LIVE_HEARTBEAT_S = 30.0  # a step may be slow; one that takes this long will not end
@@ -15,14 +16,14 @@ _LIVE_HEARTBEAT_S = 30.0  # a step may be slow; one that takes this long will no
 
 async def get_ready(request: web.Request) -> web.Response:
     """200 if a request sent now would be answered, else 503 and why not."""
-    return _verdict(_why_not_ready(request.app[ENGINE]))
+    return _verdict(_why_not_ready(request.app[ENGINE], request.app[LIFE]))
 
 
 async def get_live(request: web.Request) -> web.Response:
     """503 if only a restart can help: the engine is gone, or has not moved for half a minute."""
     engine = request.app[ENGINE]
     if not engine.alive:
-        return _verdict(_why_not_ready(engine))
+        return _verdict(_why_not_ready(engine, request.app[LIFE]))
     age_s = engine.heartbeat_age_s()
     stuck = engine.status.phase == "ready" and age_s > _LIVE_HEARTBEAT_S
     return _verdict(f"the engine has been silent for {age_s:.1f} s" if stuck else None)
@@ -36,12 +37,12 @@ async def get_info(request: web.Request) -> web.Response:
             "model_sha": None,
             "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": config.max_queue,
-            "max_best_of": MAX_BEST_OF,
-            "max_stop_sequences": MAX_TGI_STOPS,
-            "max_input_tokens": config.max_total_tokens - 1,
+            "max_best_of": config.max_best_of,
+            "max_stop_sequences": config.max_stop_sequences,
+            "max_input_tokens": most_input_tokens(config),
             "max_total_tokens": config.max_total_tokens,
             "validation_workers": 1,
-            "max_client_batch_size": 4,
+            "max_client_batch_size": config.max_client_batch_size,
             "router": "tgi-server",
             "version": request.app[VERSION],
             "sha": None,
@@ -57,7 +58,25 @@ async def get_models(request: web.Request) -> web.Response:
     return json_response({"object": "list", "data": [model]})
 
 
-def _why_not_ready(engine: Engine) -> str | None:
+async def get_metrics(request: web.Request) -> web.Response:
+    engine = request.app[ENGINE]
+    text = request.app[METRICS].text(engine.status, alive=engine.alive, version=request.app[VERSION])
+    return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def make_metrics_app(app: web.Application) -> web.Application:
+    """The metrics of `app` alone, for a port of their own."""
+    alone = web.Application()
+    alone[ENGINE] = app[ENGINE]
+    alone[METRICS] = app[METRICS]
+    alone[VERSION] = app[VERSION]
+    alone.router.add_get("/metrics", get_metrics)
+    return alone
+
+
+def _why_not_ready(engine: Engine, life: Life) -> str | None:
+    if life.draining and engine.alive:
+        return "the server is stopping"
     status = engine.status
     if not engine.alive or status.phase != "ready":
         phase = status.phase if engine.alive or status.phase != "ready" else "gone"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from tgi_server.config import ServerConfig
 from tgi_server.engine.request import Sampling
 from tgi_server.http.schema import INT32_MAX, Fields, check_integer, check_number, check_text, invalid, shown
 
-MAX_BEST_OF = 2
-MAX_TGI_STOPS = 4
-MAX_TGI_TOP_TOKENS = 5
 MAX_CHOICES = 16
 MAX_OPENAI_STOPS = 64
 MAX_OPENAI_TOP_TOKENS = 20
@@ -56,6 +54,10 @@ class _Asked:
 
     fields: Fields
     honoured: frozenset[str]
+    defaults: Mapping[str, float] = field(default_factory=dict)  # for what is not said
+
+    def default(self, name: str, neutral: float) -> float:
+        return self.defaults.get(name, neutral) if name in self.honoured else neutral
 
     def honour(self, attribute: str, name: str, value: object, neutral: object) -> None:
         if value is None or value == neutral or attribute in self.honoured:
@@ -73,7 +75,7 @@ class _Asked:
     ) -> float:
         value = self.fields.number(name, low, high, above=above)
         self.honour(name, name, value, neutral)
-        return neutral if value is None else value
+        return self.default(name, neutral) if value is None else value
 
     def flag(self, name: str, attribute: str) -> bool:
         value = self.fields.flag(name)
@@ -83,28 +85,33 @@ class _Asked:
     def temperature(self) -> float | None:
         value = self.fields.number("temperature", 0.0, 100.0)
         if value is None:
-            return None
+            return self.defaults.get("temperature") if "temperature" in self.honoured else None
         return 0.0 if value < _COLDEST else value
 
+    def top_k(self, low: int) -> int:
+        value = self.fields.integer("top_k", low, INT32_MAX)
+        self.honour("top_k", "top_k", value, 0)
+        return max(0, int(self.default("top_k", 0)) if value is None else value)
 
-def read_tgi(fields: Fields | None, honoured: frozenset[str]) -> Parameters:
+
+def read_tgi(fields: Fields | None, honoured: frozenset[str], config: ServerConfig) -> Parameters:
     """TGI's `parameters` object; None when the request has none, which by its rules means sampling.
 
     While the engine cannot sample, not asking for anything means greedy; asking for it is refused.
     """
     if fields is None:
-        return Parameters(keep_stop=True, sampling=_drawn(1.0) if "temperature" in honoured else Sampling())
-    asked = _Asked(fields, honoured)
+        fields = Fields({} if "temperature" not in honoured else {"do_sample": True}, "parameters")
+    asked = _Asked(fields, honoured, config.sampling_defaults)
     fields.refuse_all("grammar", "adapter_id")
-    best_of = asked.integer("best_of", "choice", 1, MAX_BEST_OF, 1)
+    best_of = asked.integer("best_of", "choice", 1, config.max_best_of, 1)
     sampling = _tgi_sampling(asked)
     if best_of > 1 and (sampling.temperature == 0 or fields.has("seed")):
         fields.refuse("best_of", f"is {best_of}; more than 1 needs sampling (do_sample) and no seed")
-    top = asked.integer("top_n_tokens", "top_logprobs", 0, MAX_TGI_TOP_TOKENS, 0)
+    top = asked.integer("top_n_tokens", "top_logprobs", 0, config.max_top_n_tokens, 0)
     return Parameters(
         max_new_tokens=fields.integer("max_new_tokens", 1, INT32_MAX),
         sampling=sampling,
-        stops=_stops(fields, "stop", MAX_TGI_STOPS),
+        stops=_stops(fields, "stop", config.max_stop_sequences),
         keep_stop=True,
         choices=best_of,
         logprobs=True,
@@ -117,7 +124,7 @@ def _tgi_sampling(asked: _Asked) -> Sampling:
     """Sampling happens if `do_sample` says so or a field that only means something with it is set."""
     fields = asked.fields
     temperature = asked.temperature()
-    top_k = asked.integer("top_k", "top_k", 0, INT32_MAX, 0)
+    top_k = asked.top_k(0)
     top_p = asked.number("top_p", 0.0, 1.0, 1.0, above=0.0)
     typical_p = asked.number("typical_p", 0.0, 1.0, 1.0, above=0.0)
     do_sample = fields.flag("do_sample") is True
@@ -138,13 +145,18 @@ def _tgi_sampling(asked: _Asked) -> Sampling:
 
 
 def read_openai(
-    fields: Fields, honoured: frozenset[str], vocab_size: int, *, least_tokens: int = 1
+    fields: Fields,
+    honoured: frozenset[str],
+    vocab_size: int,
+    defaults: Mapping[str, float],
+    *,
+    least_tokens: int = 1,
 ) -> Parameters:
     """The fields OpenAI's two generating endpoints share, and those other servers added.
 
-    least_tokens: the smallest `max_tokens`.
+    defaults: for sampling fields that are left out. least_tokens: the smallest `max_tokens`.
     """
-    asked = _Asked(fields, honoured)
+    asked = _Asked(fields, honoured, defaults)
     temperature = asked.temperature()
     if temperature is None:
         temperature = 1.0 if "temperature" in honoured else 0.0
@@ -159,7 +171,7 @@ def read_openai(
         min_new_tokens=shortest,
         sampling=Sampling(
             temperature=temperature,
-            top_k=max(0, asked.integer("top_k", "top_k", -1, INT32_MAX, 0)),
+            top_k=asked.top_k(-1),
             top_p=asked.number("top_p", 0.0, 1.0, 1.0, above=0.0),
             typical_p=asked.number("typical_p", 0.0, 1.0, 1.0, above=0.0),
             min_p=asked.number("min_p", 0.0, 1.0, 0.0),
@@ -180,10 +192,6 @@ def read_openai(
 def refuse_unhonoured(fields: Fields, name: str, attribute: str, honoured: frozenset[str]) -> None:
     """Refuse a field that was given if the engine would not act on it."""
     _Asked(fields, honoured).honour(attribute, name, fields.raw(name), None)
-
-
-def _drawn(temperature: float) -> Sampling:
-    return Sampling(temperature=temperature, seed=_seed(None))
 
 
 def _seed(given: int | None) -> int:

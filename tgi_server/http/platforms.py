@@ -12,8 +12,9 @@ from tgi_server.http.answers import json_response
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect
 from tgi_server.http.completions import answer_completions
+from tgi_server.http.generation import maker_of
 from tgi_server.http.schema import Fields, check_object
-from tgi_server.http.state import ENGINE, FLAVOUR, TEXT
+from tgi_server.http.state import FLAVOUR
 
 _MAX_INSTANCES = 16
 
@@ -41,7 +42,7 @@ async def post_vertex(request: web.Request) -> web.Response:
     instances = [
         Fields(check_object(entry, f"instances[{i}]"), f"instances[{i}]") for i, entry in enumerate(entries)
     ]
-    tasks = [asyncio.create_task(_predict(request.app, instance)) for instance in instances]
+    tasks = [asyncio.create_task(_predict(request, instance)) for instance in instances]
     try:
         predictions = await asyncio.gather(*tasks)
     finally:
@@ -50,10 +51,10 @@ async def post_vertex(request: web.Request) -> web.Response:
     return json_response({"predictions": predictions})
 
 
-async def _predict(app: web.Application, instance: Fields) -> str:
+async def _predict(request: web.Request, instance: Fields) -> str:
     if instance.has("inputs"):
-        job = (await generate.read_query(app, instance)).job
+        job = (await generate.read_query(request.app, instance)).job
     else:
-        job = (await chat.read_query(app, instance)).job
-    answers = await collect(app[ENGINE], app[TEXT], [job])
+        job = (await chat.read_query(request.app, instance)).job
+    answers = await collect(maker_of(request), [job])
     return "".join(piece.shown for piece in answers[0])

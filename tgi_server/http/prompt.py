@@ -33,7 +33,7 @@ async def encode(
             text.tokenizer.encode_batch, [prompt], add_special_tokens=add_special_tokens
         )
         ids = batches[0]
-    if ids[:1] == ids[1:2] and ids[0] in text.tokenizer.special_ids and add_special_tokens:
+    if len(ids) > 1 and ids[0] == ids[1] and ids[0] in text.tokenizer.special_ids and add_special_tokens:
         token = text.tokenizer.token(ids[0])
         log.warning("a prompt begins with %s twice: the tokenizer adds it, so the text should not", token)
     return check_encoded(text, ids, field)
@@ -69,16 +69,22 @@ def check_ids(text: Text, ids: Sequence[object], field: str) -> list[int]:
     ]
 
 
+def most_input_tokens(config: ServerConfig) -> int:
+    """Tokens a prompt may have; at least one is the answer's."""
+    most = config.max_total_tokens - 1
+    return most if config.max_input_tokens is None else min(config.max_input_tokens, most)
+
+
 def room_for_answer(
     config: ServerConfig, prompt_tokens: int, max_new_tokens: int | None, prompt_field: str, limit_field: str
 ) -> int:
     """How many tokens the answer may have: as asked, or all that is left. Never cuts anything silently."""
-    total = config.max_total_tokens
-    if prompt_tokens >= total:
+    total, most = config.max_total_tokens, most_input_tokens(config)
+    if prompt_tokens > most:
         raise UserError(
             ErrorKind.INVALID,
             f"{prompt_field} has {prompt_tokens} tokens, but prompt and answer together may have "
-            f"{total}; shorten it to {total - 1} at most",
+            f"{total}; shorten it to {most} at most",
             prompt_field,
         )
     room = total - prompt_tokens

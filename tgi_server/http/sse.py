@@ -12,7 +12,7 @@ from aiohttp import web
 
 from tgi_server.errors import ErrorKind, Flavour, UserError
 from tgi_server.http.answers import error_event
-from tgi_server.http.state import PATIENCE, REQUEST_ID, Patience
+from tgi_server.http.state import PATIENCE, REQUEST_ID, TURN, Patience
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,13 @@ async def stream_events(
                 await stream.send(event)
     except ConnectionError:
         stream.lost = True
+        request[TURN].dropped = True
     except Exception as error:
         if not await stream.is_open():
             raise
-        await stream.send(error_event(_as_user_error(error, request), flavour))
+        failure = _as_user_error(error, request)
+        request[TURN].error = failure.kind
+        await stream.send(error_event(failure, flavour))
     finally:
         watcher.cancel()
     return await stream.close()

@@ -11,6 +11,8 @@ from aiohttp import web
 from tgi_server.config import ServerConfig
 from tgi_server.engine.request import EngineStatus, GenerationRequest, TokenEvent
 from tgi_server.errors import Flavour
+from tgi_server.http.metrics import Metrics, Turn
+from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
 
 
@@ -37,19 +39,31 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a stream may be silent before something is done about it, in seconds."""
+    """How long a client or a stream may be silent before something is done about it, in seconds."""
 
     headers_s: float = 10.0  # headers wait this long for the first token, so that an error gets its status
     keep_alive_s: float = 15.0  # then a comment is sent, so that proxies keep the connection
     stalled_s: float = 60.0  # a reader that takes nothing for this long is cut off
+    head_s: float = 10.0  # from the first byte of a request to its last header
     body_s: float = 10.0  # a body may take this long, and a second more for every 1000 bytes
 
 
+@dataclass
+class Life:
+    """Whether the service is about to end: then running requests finish, and no new ones are taken."""
+
+    draining: bool = False
+
+
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+TURN: Final = web.RequestKey("turn", Turn)
 FLAVOUR: Final = web.RequestKey("flavour", Flavour)  # set by handlers of routes that speak several
 CONFIG: Final = web.AppKey("config", ServerConfig)
 ENGINE: Final = web.AppKey("engine", Engine)
 TEXT: Final = web.AppKey("text", Text)
 PATIENCE: Final = web.AppKey("patience", Patience)
+METRICS: Final = web.AppKey("metrics", Metrics)
+RENDERER: Final = web.AppKey("renderer", Renderer)
+LIFE: Final = web.AppKey("life", Life)
 VERSION: Final = web.AppKey("version", str)
 HONOURED: Final = web.AppKey("honoured", frozenset[str])

@@ -48,7 +48,7 @@ async def post_chat_tokenize(request: web.Request) -> web.Response:
     """A chat's prompt as the model will see it, and its tokens; other fields change nothing."""
     fields = await read_fields(request)
     check_model(request.app[CONFIG], fields)
-    prompt, ids, offsets = await tokenize_chat(request.app, render_chat(request.app, fields))
+    prompt, ids, offsets = await tokenize_chat(request.app, await render_chat(request.app, fields))
     return json_response({"tokenize_response": _describe(prompt, ids, offsets), "templated_text": prompt})
 
 

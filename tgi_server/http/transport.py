@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
-from tgi_server.http.answers import json_response
+from tgi_server.http.answers import encode_json, json_response
+from tgi_server.http.state import PATIENCE
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 log = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 8190
 _MAX_FIELD_BYTES = 16384  # not the same as a line's, so that an error tells which it was
 _MAX_HEADERS = 100
-_IDLE_S = 75.0  # for the next request, or all of its headers; load balancers keep theirs for 60 s
+_IDLE_S = 75.0  # for the next request to begin; load balancers keep theirs for 60 s
+_MAX_HALF_BYTES = 65_536  # of headers that are not complete yet: many such clients must not fill the memory
 _LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client can read the answer
 
 _COMMENT = b":\n\n"
-_PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # the one announcement that every client skips
 _PROBES_AFTER_S = (0.01, 0.02, 0.1, 1.0)  # the first also lets a request that came with the end get started
 
 
@@ -44,6 +50,7 @@ class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
+            self.app[PATIENCE].head_s,
             made.request_handler,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
@@ -52,6 +59,10 @@ class _Runner(web.AppRunner):
 
 
 class _Server(web.Server):
+    def __init__(self, head_s: float, handler: _Handler, **settings: Any) -> None:
+        super().__init__(handler, **settings)
+        self.head_s = head_s
+
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
 
@@ -64,6 +75,47 @@ class _Connection(RequestHandler):
     """
 
     _probing: asyncio.Task[None] | None = None
+    _half_bytes = 0  # of a request whose headers are not complete
+    _half_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiting = self._waiter is not None and not self._waiter.done()
+        if not waiting and self._request_count:  # a request is whole, or being answered
+            self._forget_half()
+            return
+        self._half_bytes += len(data)
+        if self._half_timer is None and isinstance(self._manager, _Server):
+            head_s = self._manager.head_s
+            why = f"the request's headers were not complete after {head_s:g} s"
+            self._half_timer = self._loop.call_later(head_s, self._give_up, 408, "Request Timeout", why)
+        if self._half_bytes > _MAX_HALF_BYTES:
+            why = f"the request's headers have more than {_MAX_HALF_BYTES} bytes, the most allowed"
+            self._give_up(431, "Request Header Fields Too Large", why)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._forget_half()
+        super().connection_lost(exc)
+
+    def _forget_half(self) -> None:
+        self._half_bytes = 0
+        if self._half_timer is not None:
+            self._half_timer.cancel()
+            self._half_timer = None
+
+    def _give_up(self, status: int, phrase: str, why: str) -> None:
+        """Answer half a request: there is no request object yet that an application could answer."""
+        self._forget_half()
+        if self.transport is None:
+            return
+        log.info("malformed request: %d %s", status, why)
+        body = encode_json({"error": why, "error_type": "timeout" if status == 408 else "validation"})
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json; charset=utf-8\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.force_close()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio keeps the transport if it is true
         idle = self._waiter is not None and not self._waiter.done()
@@ -85,7 +137,7 @@ class _Connection(RequestHandler):
             if self.transport is None or self._current_request is not request:
                 return
             if request.writer.output_size == 0:
-                self.transport.write(_PROCESSING)
+                self.transport.write(_CONTINUE)
             else:  # only event streams write before their handler returns
                 with suppress(ConnectionError):
                     await request.writer.write(_COMMENT)

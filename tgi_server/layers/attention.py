@@ -37,28 +37,24 @@ class Attention(nn.Module):
         head_norms: HeadNorms | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        outs = [q_size, kv_size, kv_size]
+        self.head_dim = config.head_dim
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]  # of q, k and v
+        outs = [heads * self.head_dim for heads in self.heads]
         self.qkv = Linear(weights, ["q_proj", "k_proj", "v_proj"], config.hidden_size, outs)
-        self.o = Linear(weights, ["o_proj"], q_size, [config.hidden_size])
+        self.o = Linear(weights, ["o_proj"], outs[0], [config.hidden_size])
         self.cos_sin = cos_sin
         self.window = window
         self.head_norms = head_norms
         self.eps = config.norm_eps
-        self.cache_spec = CacheSpec("pages", self.num_kv_heads, self.head_dim)
+        self.cache_spec = CacheSpec("pages", config.num_kv_heads, self.head_dim)
 
     def forward(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
         """x: [tokens, hidden]; kv_pages: this layer's [pages, 2, kv_heads, 16, head_dim], written to.
 
         Returns [tokens, hidden].
         """
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = self.qkv(x).unflatten(1, (-1, self.head_dim)).split(heads, dim=1)
+        qkv: Tensor = self.qkv(x)
+        q, k, v = qkv.view(len(x), -1, self.head_dim).split_with_sizes(self.heads, 1)
         norms = self.head_norms
         rotary_kv_write(
             q,

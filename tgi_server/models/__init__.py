@@ -21,9 +21,7 @@ ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
 }
 
 
-def load_model(
-    checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> Decoder:
+def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
 
     `dtype` is the type of activations and of the KV cache. Raises StartupError if the architecture is not

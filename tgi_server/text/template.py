@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -26,18 +26,28 @@ class ChatTemplate:
         """Raises jinja2.TemplateSyntaxError for a source that is no template."""
         environment = _environment()
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
-        self._special_tokens = dict(special_tokens)
+        self.sources = sources
+        self.special_tokens = special_tokens
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ChatTemplate | None:
-        """Read `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`; None without."""
-        config_file = folder / "tokenizer_config.json"
+    def from_folder(
+        cls, folder: Path, config_file: Path | None = None, template_file: Path | None = None
+    ) -> ChatTemplate | None:
+        """Read `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`; None without.
+
+        config_file, template_file: read instead; they must exist.
+        """
+        for given in (config_file, template_file):
+            if given is not None and not given.is_file():
+                raise StartupError(f"{given} does not exist")
+        own_template = config_file is None and template_file is None
+        config_file = config_file or folder / "tokenizer_config.json"
         config = _read_object(config_file) if config_file.is_file() else {}
         special = {
             name: token for name in _SPECIAL_TOKENS if (token := _token_text(config.get(name))) is not None
         }
-        file = folder / "chat_template.jinja"
-        if file.is_file():
+        file = template_file or folder / "chat_template.jinja"
+        if file.is_file() and (own_template or template_file):
             sources = {"default": file.read_text(encoding="utf-8")}
         else:
             file = config_file
@@ -57,25 +67,27 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         extra: Mapping[str, object] | None = None,
+        most_chars: int = 1 << 30,
     ) -> str:
-        """The prompt for `messages`.
+        """The prompt for `messages`. Takes as long as the template likes: `Renderer` bounds it.
 
         continue_final_message: end inside the last message, so that the model goes on with it.
         extra: further variables a client gives its template. They cannot replace the ones above.
-        Raises UserError (INVALID) with the template's own words when it refuses the messages.
+        Raises UserError (TEMPLATE) with the template's own words when it refuses the messages, or if the prompt has
+        more than `most_chars`.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name) or next(iter(self._templates.values()))
         variables: dict[str, object] = {
             **(extra or {}),
-            **self._special_tokens,
+            **self.special_tokens,
             "messages": messages,
             "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            prompt = template.render(variables)
+            prompt = _join(template.generate(variables), most_chars)
         except (
             jinja2.TemplateError,
             TypeError,
@@ -85,11 +97,22 @@ class ChatTemplate:
             RecursionError,
         ) as error:
             raise UserError(
-                ErrorKind.INVALID,
+                ErrorKind.TEMPLATE,
                 f"the model's chat template does not accept these messages: {error}",
                 "messages",
             ) from None
         return _cut_after_final(prompt, messages) if continue_final_message else prompt
+
+
+def _join(parts: Iterable[str], most_chars: int) -> str:
+    chars = 0
+    kept = []
+    for part in parts:
+        chars += len(part)
+        if chars > most_chars:
+            raise ValueError(f"the prompt it writes has more than {most_chars} characters")
+        kept.append(part)
+    return "".join(kept)
 
 
 def _cut_after_final(prompt: str, messages: Sequence[Mapping[str, object]]) -> str:
@@ -97,7 +120,7 @@ def _cut_after_final(prompt: str, messages: Sequence[Mapping[str, object]]) -> s
     start = prompt.rfind(content)
     if start < 0:
         raise UserError(
-            ErrorKind.INVALID,
+            ErrorKind.TEMPLATE,
             "the last message cannot be continued: the model's chat template changes its text",
             f"messages[{len(messages) - 1}].content",
         )

@@ -26,12 +26,17 @@ class Text:
         return Verbatim(self.tokenizer)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Text:
-        """Read tokenizer.json, chat template and config.json; raises StartupError naming the file."""
+    def from_folder(
+        cls, folder: Path, *, tokenizer_config: Path | None = None, chat_template: Path | None = None
+    ) -> Text:
+        """Read tokenizer.json, chat template and config.json; raises StartupError naming the file.
+
+        tokenizer_config, chat_template: read instead of those in the folder.
+        """
         model = ModelConfig.from_folder(folder)
         return cls(
             tokenizer=Tokenizer.from_folder(folder),
-            template=ChatTemplate.from_folder(folder),
+            template=ChatTemplate.from_folder(folder, tokenizer_config, chat_template),
             eos_token_ids=model.eos_token_ids,
             vocab_size=model.vocab_size,
         )

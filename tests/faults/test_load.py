@@ -1,0 +1,83 @@
+"""Too much at once. Numbers are rows of the list of faults this suite was written from."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from tests.faults.conftest import CANARY, MAX_QUEUE, MAX_TOKENS, Target, check_error, until
+
+LONG = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 400}}
+
+
+def begin(target: Target, path: str, body: object) -> socket.socket:
+    """Send a request and leave its answer unread."""
+    data = json.dumps(body).encode()
+    sock = target.connect()
+    sock.sendall(target.head(path, f"Content-Length: {len(data)}\r\n\r\n") + data)
+    return sock
+
+
+def test_row_71_a_full_queue(target: Target) -> None:
+    streams = [begin(target, "/generate_stream", LONG) for _ in range(MAX_QUEUE)]
+    try:
+        for sock in streams:
+            assert b"200 OK" in sock.recv(1000)
+        for path in ("/generate", "/generate_stream"):
+            reply = target.send(path, CANARY)
+            check_error(path, reply, 429)
+            assert int(reply.headers["retry-after"]) >= 1
+        assert target.send("/health", method="GET").status == 200
+        assert target.send("/livez", method="GET").status == 200
+        assert all(b"data:" in sock.recv(1000) for sock in streams), "those accepted go on"
+        assert target.metrics()['tgi_request_rejections_total{reason="overloaded"}'] >= 2
+    finally:
+        for sock in streams:
+            sock.close()
+
+
+def test_row_73_a_long_prompt_among_short_streams(target: Target) -> None:
+    short = {"inputs": "Count: one, two,", "parameters": {"max_new_tokens": 16}}
+    with ThreadPoolExecutor(12) as pool:
+        alone = target.send("/generate", short).json["generated_text"]
+        streams = [pool.submit(target.send, "/generate", short) for _ in range(10)]
+        long = pool.submit(
+            target.send, "/v1/completions", {"prompt": [5] * (MAX_TOKENS - 2), "max_tokens": 1}
+        )
+        assert {future.result().json["generated_text"] for future in streams} == {alone}
+        assert long.result().status == 200
+
+
+def test_row_75_a_herd_with_one_prompt(target: Target) -> None:
+    body = {"inputs": "All of us ask the same. " * 20, "parameters": {"max_new_tokens": 8}}
+    with ThreadPoolExecutor(MAX_QUEUE) as pool:
+        replies = pool.map(lambda _: target.send("/generate", body), range(MAX_QUEUE))
+        texts = [reply.json["generated_text"] for reply in replies]
+    assert len(set(texts)) == 1
+
+
+def test_row_76_half_of_the_clients_leave(target: Target) -> None:
+    chance = random.Random(76)
+
+    def visit(i: int) -> None:
+        path = chance.choice(["/generate", "/generate_stream"])
+        body = {"inputs": f"Visitor {i}", "parameters": {"max_new_tokens": chance.randint(2, 30)}}
+        if chance.random() < 0.5:
+            with begin(target, path, body) as sock, suppress(ConnectionError):
+                time.sleep(chance.random() * 0.2)
+                sock.setblocking(False)
+                with suppress(BlockingIOError):
+                    sock.recv(500)
+        else:
+            assert target.send(path, body).status == 200
+
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(visit, range(150)):
+            pass
+    found = target.metrics()
+    until(lambda: target.metrics()["tgi_requests_active"] == 0, "every visitor to be gone")
+    assert found["tgi_request_aborts_total"] > 10

@@ -1,0 +1,140 @@
+"""From the values of the options to the two frozen configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import tgi_kernels
+from tgi_server.checkpoint.hub import model_folder
+from tgi_server.config import EngineConfig, ModelConfig, ServerConfig
+from tgi_server.errors import StartupError
+from tgi_server.memory import kv_pages, usable_cores
+from tgi_server.options import keys_of
+
+_SAMPLING = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
+
+Values = Mapping[str, object]
+
+
+def configurations(values: Values) -> tuple[ServerConfig, EngineConfig]:
+    """What was not given is derived from the model and the machine; fetches the model if need be.
+
+    Raises StartupError for values that do not fit the model, the machine or each other.
+    """
+    model_id = str(values["model_id"])
+    folder = model_folder(model_id)
+    model = ModelConfig.from_folder(folder)
+    engine = _engine(values, folder, model)
+    return _server(values, folder, model_id, engine), engine
+
+
+def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
+    total = _integer(values, "max_total_tokens") or model.max_positions
+    if total > model.max_positions:
+        raise StartupError(
+            f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
+        )
+    sequences = _integer(values, "max_sequences")
+    device = _device(str(values["device"]))
+    return EngineConfig(
+        model=folder,
+        max_total_tokens=total,
+        max_batch_tokens=max(_integer(values, "max_batch_tokens"), sequences),
+        max_sequences=sequences,
+        max_queue=_integer(values, "max_queue"),
+        num_pages=0 if device == "cuda" else kv_pages(model, total, sequences),
+        num_threads=_integer(values, "num_threads") or usable_cores(),
+        device=device,
+        dummy_weights=values["load_format"] == "dummy",
+    )
+
+
+def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -> ServerConfig:
+    most_input = _integer(values, "max_input_tokens") or engine.max_total_tokens - 1
+    if most_input >= engine.max_total_tokens:
+        raise StartupError(
+            f"--max-input-tokens is {most_input}, but --max-total-tokens is {engine.max_total_tokens}, of which the "
+            "answer needs at least one"
+        )
+    name = folder.resolve().name if str(folder) == model_id else model_id
+    return ServerConfig(
+        model=folder,
+        model_id=str(values["served_model_name"] or name),
+        host=str(values["host"]),
+        port=_integer(values, "port"),
+        max_total_tokens=engine.max_total_tokens,
+        max_input_tokens=most_input,
+        max_queue=engine.max_queue,
+        max_best_of=_integer(values, "max_best_of"),
+        max_stop_sequences=_integer(values, "max_stop_sequences"),
+        max_top_n_tokens=_integer(values, "max_top_n_tokens"),
+        max_client_batch_size=_integer(values, "max_client_batch_size"),
+        payload_limit_bytes=_integer(values, "payload_limit"),
+        grace_s=float(str(values["graceful_termination_timeout"])),
+        api_keys=keys_of(_texts(values, "api_key"), values["api_key_file"]),
+        admin_keys=_texts(values, "admin_api_key"),
+        parse_special_in_content=values["parse_special_in_content"] is True,
+        prometheus_port=None if values["prometheus_port"] is None else _integer(values, "prometheus_port"),
+        cors_allow_origin=_texts(values, "cors_allow_origin"),
+        ssl_certfile=_path(values, "ssl_certfile"),
+        ssl_keyfile=_path(values, "ssl_keyfile"),
+        chat_template=_path(values, "chat_template"),
+        tokenizer_config=_path(values, "tokenizer_config_path"),
+        sampling_defaults=_sampling_defaults(folder)
+        if values["generation_config"] in ("model", "auto")
+        else {},
+        compute_type="gpu+optimized" if engine.device == "cuda" else "cpu",
+    )
+
+
+def _device(wanted: str) -> str:
+    """Where to compute; a GPU counts if its driver is there and its kernels were built."""
+    built = (Path(tgi_kernels.__file__).parent / "_cuda.so").exists()
+    driver = Path("/dev/nvidiactl").exists()
+    if wanted == "cuda" and not (built and driver):
+        missing = (
+            "no NVIDIA driver is loaded" if built else "the CUDA kernels were not built (TGI_CUDA_ARCHS=90a)"
+        )
+        raise StartupError(f"--device cuda: {missing}; mend that or choose --device cpu")
+    return "cuda" if wanted != "cpu" and built and driver else "cpu"
+
+
+def _sampling_defaults(folder: Path) -> dict[str, float]:
+    """What `generation_config.json` says of sampling, if it is there."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StartupError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise StartupError(f"{file} holds no object")
+    found = {name: content[name] for name in _SAMPLING if content.get(name) is not None}
+    wrong = [
+        name
+        for name, value in found.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float))
+    ]
+    if wrong:
+        raise StartupError(f"{file}: {wrong[0]} is {found[wrong[0]]!r}; a number is needed")
+    if content.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return {name: float(value) for name, value in found.items()}
+
+
+def _integer(values: Values, key: str) -> int:
+    """An option's whole number; 0 for one that is not given."""
+    value = values[key]
+    return value if isinstance(value, int) else 0
+
+
+def _texts(values: Values, key: str) -> tuple[str, ...]:
+    value = values[key]
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else ()
+
+
+def _path(values: Values, key: str) -> Path | None:
+    return Path(str(values[key])).expanduser() if values[key] else None

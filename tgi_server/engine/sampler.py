@@ -1,0 +1,225 @@
+"""From logits to tokens: every running sequence's settings as tables by row, and what else is asked of logits.
+
+The tables change when a row gets a new sequence. From step to step only the history grows, by ids that are on the
+device already, so the host may plan a step before it has seen what the last one drew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_kernels.sampling import (
+    NUMBERS,
+    WATERMARK_DELTA,
+    WHOLES,
+    Settings,
+    greedy,
+    sample,
+    token_logprobs,
+    top_logprobs,
+    workspace,
+)
+from tgi_server.engine.plan import Asked, Plan, Sampled, Work
+
+# Of one sequence: the front ends take 1024 logit biases and 256 stop tokens beside the model's own.
+MAX_EDITS = 1536
+# Rows of logits that are in memory at once while a prompt's log-probabilities are computed.
+PROMPT_ROWS = 64
+
+Copy = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest tokens of some rows of logits, on the device."""
+
+    ids: Tensor  # [rows, most] int64
+    logprobs: Tensor  # [rows, most] float32
+    counts: list[int]  # how many of each row were asked for
+
+    def on(self, copy: Copy) -> Likeliest:
+        """With tensors that `copy` made of these: for instance pinned ones, on their way."""
+        return Likeliest(copy(self.ids), copy(self.logprobs), self.counts)
+
+    def lists(self) -> list[list[tuple[int, float]]]:
+        """(id, logprob) of each row, likeliest first; those that do not exist (id −1) left out."""
+        rows = zip(self.ids.tolist(), self.logprobs.tolist(), self.counts, strict=True)
+        return [
+            [pair for pair in zip(ids[:count], logprobs[:count], strict=True) if pair[0] >= 0]
+            for ids, logprobs, count in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step drew, on the device."""
+
+    ids: Tensor  # [draws] int64
+    logprobs: Tensor  # [draws] float32
+    likeliest: Likeliest | None = None  # of those draws that ask for them
+
+    def on(self, copy: Copy) -> Drawn:
+        """As `Likeliest.on`."""
+        likeliest = self.likeliest and self.likeliest.on(copy)
+        return Drawn(copy(self.ids), copy(self.logprobs), likeliest)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a step found out of a part of a prompt, on the device."""
+
+    logprobs: Tensor  # [tokens] float32
+    likeliest: Likeliest | None
+
+    def on(self, copy: Copy) -> Scored:
+        """As `Likeliest.on`."""
+        return Scored(copy(self.logprobs), self.likeliest and self.likeliest.on(copy))
+
+
+def results(plan: Plan, drawn: Drawn, scored: Mapping[int, Scored]) -> list[Sampled]:
+    """What each work item that samples or is scored got, in the plan's order.
+
+    scored: by place in the plan. Waits for the device, if the tensors are on one.
+    """
+    draws = zip(drawn.ids.tolist(), drawn.logprobs.tolist(), strict=True)
+    tops = iter(drawn.likeliest.lists() if drawn.likeliest else ())
+    found = []
+    for place, work in enumerate(plan.work):
+        if not work.samples and not work.scored:
+            continue
+        sampled = Sampled([], [])
+        if work.samples:
+            token, logprob = next(draws)
+            sampled.token_ids, sampled.logprobs = [token], [logprob]
+            if work.top_logprobs:
+                sampled.top = [next(tops)]
+        if work.scored:
+            part = scored[place]
+            sampled.prompt_logprobs = part.logprobs.tolist()
+            sampled.prompt_top = part.likeliest.lists() if part.likeliest else []
+        found.append(sampled)
+    return found
+
+
+class Sampler:
+    """Draws tokens for sequences that keep their row as long as they run."""
+
+    def __init__(self, rows: int, tokens: int, vocab: int, device: torch.device) -> None:
+        """rows: sequences that run at once. tokens: the most one of them can have."""
+        self._settings = Settings.neutral(rows, tokens, MAX_EDITS, device)
+        self._workspace = workspace(vocab) if device.type == "cpu" else None
+        self._asked: list[Asked | None] = [None] * rows  # None: nothing but the likeliest token
+
+    def read(self, plan: Plan) -> None:
+        """Take note of what the plan's new sequences ask for. Call it once for each plan, in order."""
+        for work in plan.work:
+            if work.asked is not None:
+                self._admit(work, work.asked)
+            asked = self._asked[work.row]
+            if asked is not None and asked.remembers and work.token_ids:
+                self._remember(work.row, work.start, work.token_ids)
+
+    def asks(self, plan: Plan) -> bool:
+        """Whether the plan needs `draw`: if not, `greedy` does."""
+        return any(
+            work.samples and (work.top_logprobs or self._asked[work.row] is not None) for work in plan.work
+        )
+
+    def draw(self, plan: Plan, logits: Tensor) -> Drawn:
+        """A token for each work item of `plan` that samples. logits: [draws, vocab] float32, in the plan's order."""
+        works = [work for work in plan.work if work.samples]
+        likeliest = self._likeliest(logits, [work.top_logprobs for work in works])
+        asking = [i for i, work in enumerate(works) if self._asked[work.row] is not None]
+        if not asking:
+            return Drawn(*greedy(logits), likeliest)
+        rows = torch.tensor([work.row for work in works], device=logits.device)
+        positions = torch.tensor([work.start + work.count for work in works], device=logits.device)
+        if logits.is_cuda and len(asking) < len(works):
+            ids, logprobs = greedy(logits)
+            some = torch.tensor(asking, device=logits.device)
+            ids[some], logprobs[some] = sample(logits[some], rows[some], positions[some], self._settings)
+        else:
+            ids, logprobs = sample(logits, rows, positions, self._settings, self._workspace)
+        self._settings.history[rows, positions] = ids.int()
+        return Drawn(ids, logprobs, likeliest)
+
+    def score(self, plan: Plan, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> dict[int, Scored]:
+        """The log-probabilities of the tokens that work items have `scored`, by place in the plan.
+
+        hidden: [tokens, hidden size], the step's. head: makes logits [rows, vocab] of some rows of it.
+        """
+        found = {}
+        first = 0
+        for place, work in enumerate(plan.work):
+            if work.scored:
+                found[place] = self._score(work, hidden[first : first + len(work.scored)], head)
+            first += work.count
+        return found
+
+    def _score(self, work: Work, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Scored:
+        ids = torch.tensor(work.scored, device=hidden.device)
+        logprobs, tops = [], []
+        for part in range(0, len(ids), PROMPT_ROWS):
+            logits = head(hidden[part : part + PROMPT_ROWS])
+            logprobs.append(token_logprobs(logits, ids[part : part + PROMPT_ROWS]))
+            if work.top_logprobs:
+                most = min(work.top_logprobs, logits.shape[1])
+                tops.append(top_logprobs(logits, most, self._workspace))
+        likeliest = None
+        if tops:
+            top_ids, top = (torch.cat(parts) for parts in zip(*tops, strict=True))
+            likeliest = Likeliest(top_ids, top, [work.top_logprobs] * len(ids))
+        return Scored(torch.cat(logprobs), likeliest)
+
+    def _likeliest(self, logits: Tensor, counts: list[int]) -> Likeliest | None:
+        wanted = [i for i, count in enumerate(counts) if count]
+        if not wanted:
+            return None
+        chosen = logits if len(wanted) == len(counts) else logits[torch.tensor(wanted, device=logits.device)]
+        most = min(max(counts), logits.shape[1])
+        return Likeliest(*top_logprobs(chosen, most, self._workspace), [counts[i] for i in wanted])
+
+    def _admit(self, work: Work, asked: Asked) -> None:
+        row = work.row
+        # A row that asks for nothing is drawn by `sample` all the same if another of the step asks.
+        if not asked.anything:
+            if self._asked[row] is not None:
+                self._write(row, Asked())
+            self._asked[row] = None
+            return
+        self._asked[row] = asked
+        self._write(row, asked)
+        if asked.remembers:
+            self._remember(row, 0, asked.before)
+
+    def _write(self, row: int, asked: Asked) -> None:
+        settings, sampling = self._settings, asked.sampling
+        numbers = {name: getattr(sampling, name) for name in NUMBERS if name != "watermark"}
+        numbers["watermark"] = WATERMARK_DELTA if sampling.watermark else 0.0
+        edits = [*sampling.logit_bias.items(), *((token, -math.inf) for token in asked.masked)]
+        if len(edits) > MAX_EDITS:
+            raise ValueError(f"{len(edits)} logit biases and stop tokens; at most {MAX_EDITS} are possible")
+        wholes = {
+            "top_k": sampling.top_k,
+            "seed": sampling.seed - (sampling.seed >> 63 << 64),  # as a signed number with the same bits
+            "choice": sampling.choice,
+            "prompt_tokens": asked.prompt_tokens,
+            "min_new_tokens": asked.min_new_tokens,
+            "edits": len(edits),
+        }
+        settings.numbers[row] = torch.tensor([numbers[name] for name in NUMBERS])
+        settings.wholes[row] = torch.tensor([wholes[name] for name in WHOLES])
+        if edits:
+            ids, values = zip(*edits, strict=True)
+            settings.edit_ids[row, : len(edits)] = torch.tensor(ids, dtype=torch.int32)
+            settings.edit_values[row, : len(edits)] = torch.tensor(values)
+
+    def _remember(self, row: int, start: int, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            ids = torch.tensor(token_ids, dtype=torch.int32)
+            self._settings.history[row, start : start + len(token_ids)] = ids

@@ -1,0 +1,161 @@
+"""The service's life: engine and front end start, serve, drain and end together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+
+import uvloop
+from aiohttp import web
+
+from tgi_server.config import EngineConfig, ServerConfig
+from tgi_server.configure import configurations
+from tgi_server.engine.launch import EngineProcess, start_engine
+from tgi_server.errors import StartupError
+from tgi_server.http.app import make_app
+from tgi_server.http.ops import make_metrics_app
+from tgi_server.http.state import LIFE, METRICS, RENDERER
+from tgi_server.http.transport import make_runner
+from tgi_server.logs import logging_to_stderr
+from tgi_server.text.text import Text
+
+_LAST_WORDS_S = 1.0  # how long clients get to read why their answers broke off
+_LOOK_EVERY_S = 0.02
+
+log = logging.getLogger("tgi_server")
+
+
+def serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+    """Serve until told to stop; the exit status: 0, or 1 if the engine ended, or 128 + the signal of an abort.
+
+    Raises StartupError if the options do not fit the model or the machine.
+    """
+    with logging_to_stderr(str(values["log_level"]), as_json=values["json_output"] is True):
+        for line in warnings:
+            log.warning("%s", line)
+        server, engine = configurations(values)
+        text = Text.from_folder(
+            server.model, tokenizer_config=server.tokenizer_config, chat_template=server.chat_template
+        )
+        return uvloop.run(_Service(server, engine, text).run())
+
+
+class _Service:
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig, text: Text) -> None:
+        self._config = config
+        self._engine_config = engine_config
+        self._text = text
+        self._signals: list[int] = []
+        self._tls = _tls(config)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signals.append, number)
+        loop.add_signal_handler(
+            signal.SIGHUP, log.info, "SIGHUP changes nothing; restart to read new options"
+        )
+        _allow_many_connections()
+        engine = await start_engine(self._engine_config)
+        app = make_app(self._config, engine.client, self._text)
+        runners = [make_runner(app)]
+        if self._config.prometheus_port is not None:
+            runners.append(web.AppRunner(make_metrics_app(app), access_log=None))
+        try:
+            await self._listen(runners)
+            return await self._until_end(engine, app, runners[0])
+        finally:
+            for runner in runners:
+                await runner.cleanup()
+            await engine.stop()
+
+    async def _listen(self, runners: Sequence[web.AppRunner]) -> None:
+        ports = (self._config.port, self._config.prometheus_port or 0)
+        for runner, port, tls in zip(runners, ports, (self._tls, None), strict=False):
+            await runner.setup()
+            site = web.TCPSite(
+                runner, self._config.host, port, shutdown_timeout=_LAST_WORDS_S, ssl_context=tls
+            )
+            try:
+                await site.start()
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on {self._config.host}:{port}: {error.strerror}; choose another port or host"
+                ) from None
+
+    async def _until_end(self, engine: EngineProcess, app: web.Application, runner: web.AppRunner) -> int:
+        """Announce readiness; serve until a signal or the engine's end; let running requests finish."""
+        announcing = asyncio.create_task(self._announce(engine, app, runner))
+        await _until(lambda: bool(self._signals) or engine.ended.done())
+        announcing.cancel()
+        if not engine.ended.done():
+            await self._drain(engine, app)
+        if engine.ended.done():
+            log.error("%s; the service ends", engine.client.status.detail)
+            await asyncio.sleep(_LAST_WORDS_S)
+            return 1
+        return 128 + self._signals[1] if len(self._signals) > 1 else 0
+
+    async def _drain(self, engine: EngineProcess, app: web.Application) -> None:
+        metrics, grace_s = app[METRICS], self._config.grace_s
+        app[LIFE].draining = True
+        log.info("stopping: %d requests may finish within %g s", metrics.active, grace_s)
+        finished = await _until(
+            lambda: not metrics.active or len(self._signals) > 1 or engine.ended.done(), grace_s
+        )
+        if engine.ended.done():
+            return
+        if metrics.active:
+            why = "a second signal came" if finished else f"{grace_s:g} s have passed"
+            log.warning("%s: %d requests are broken off", why, metrics.active)
+            engine.client.mark_dead("the server is stopping")
+            await _until(lambda: not metrics.active, _LAST_WORDS_S)
+
+    async def _announce(self, engine: EngineProcess, app: web.Application, runner: web.AppRunner) -> None:
+        if RENDERER in app:
+            await app[RENDERER].start()
+        if not await engine.client.wait_ready():
+            return
+        address = runner.addresses[0]
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        url = f"{'https' if self._tls else 'http'}://{host}:{address[1]}"
+        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+        print(
+            f"{self._config.model_id} is ready on {url}\nTry: curl {url}/v1/chat/completions "
+            f"-H 'Content-Type: application/json' -d '{body}'",
+            flush=True,
+        )
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, and the usual soft limit of 1024 is meant for programs that use select."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tls(config: ServerConfig) -> ssl.SSLContext | None:
+    if config.ssl_certfile is None:
+        if config.ssl_keyfile is not None:
+            raise StartupError("--ssl-keyfile needs --ssl-certfile beside it")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise StartupError(f"--ssl-certfile {config.ssl_certfile} cannot be used: {error}") from None
+    return context
+
+
+async def _until(condition: Callable[[], bool], within_s: float = float("inf")) -> bool:
+    """Wait for it; whether it came in time."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + within_s
+    while not condition():
+        if loop.time() >= deadline_s:
+            return False
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return True
