@@ -75,7 +75,9 @@ def test_the_structure_page_stays_one_page_and_names_every_folder() -> None:
         assert f"{folder.relative_to(ROOT)}/" in page, f"{folder.name} is not explained"
 
 
-@pytest.mark.parametrize("module", ["tgi_server.cli", "tgi_server.http.app", "tgi_server.engine.client"])
+@pytest.mark.parametrize(
+    "module", ["tgi_server.cli", "tgi_server.service", "tgi_server.http.app", "tgi_server.engine.client"]
+)
 def test_a_front_end_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,6 +15,7 @@ from aiohttp import web
 from tgi_server.config import EngineConfig, ServerConfig
 from tgi_server.configure import configurations
 from tgi_server.engine.launch import EngineProcess, start_engine
+from tgi_server.engine.request import honoured_on
 from tgi_server.errors import StartupError
 from tgi_server.http.app import make_app
 from tgi_server.http.ops import make_metrics_app
@@ -61,7 +62,8 @@ class _Service:
         )
         _allow_many_connections()
         engine = await start_engine(self._engine_config)
-        app = make_app(self._config, engine.client, self._text)
+        honoured = honoured_on(self._engine_config.device)
+        app = make_app(self._config, engine.client, self._text, honoured=honoured)
         runners = [make_runner(app)]
         if self._config.prometheus_port is not None:
             runners.append(web.AppRunner(make_metrics_app(app), access_log=None))

@@ -6,9 +6,9 @@
 // block. Two have 64 rows each and take turns at the tensor cores: while one multiplies, the other makes
 // weights of its scores; and each has the next tile's scores under way while it sums this one's values.
 #include "attention/prefill.cuh"
+#include "common/hopper.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
-#include "matmul/hopper.cuh"
 
 namespace tgi {
 namespace prefill90 {

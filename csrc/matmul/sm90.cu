@@ -9,10 +9,10 @@
 //   epilogue |
 #include "activation/gated.cuh"
 #include "common/dispatch.cuh"
+#include "common/hopper.cuh"
 #include "common/mma.cuh"
 #include "common/pdl.cuh"
 #include "matmul/cuda.h"
-#include "matmul/hopper.cuh"
 
 namespace tgi {
 namespace {

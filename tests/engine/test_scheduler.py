@@ -100,6 +100,7 @@ def test_preempted_requests_still_get_their_own_tokens(depth: int) -> None:
         rig.scheduler.add(one)
     rig.drain()
     assert rig.answers == {one.id: expected(one) for one in asked}
+    assert rig.scheduler.counts.preemptions > 0
     assert rig.pool.available == rig.pool.total
 
 
@@ -128,6 +129,8 @@ def test_a_shared_prefix_is_computed_once_also_when_it_was_generated() -> None:
     assert rig.answers["next"] == expected(follow_up)
     # 64 tokens of conversation, of which the last was never computed: three full pages are found again.
     assert rig.runner.computed_tokens - spent == len(follow_up.prompt_ids) - 3 * PAGE_TOKENS
+    assert rig.scheduler.counts.prefix_hit_tokens == 3 * PAGE_TOKENS
+    assert rig.scheduler.counts.prompt_tokens == len(first.prompt_ids) + len(follow_up.prompt_ids)
 
 
 def test_no_step_exceeds_its_token_budget() -> None:

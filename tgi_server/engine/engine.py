@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from tgi_server.config import EngineConfig
@@ -44,6 +45,34 @@ class Runner(Protocol):
         """Start computing; returns at once where the device is asynchronous."""
 
 
+@dataclass
+class StepCounts:
+    """Steps since the start, under the names of EngineStatus; with prompt tokens they count as prefill."""
+
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    failed_prefill_steps: int = 0
+    failed_decode_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    stepped_sequences: int = 0
+
+    def done(self, plan: Plan, seconds: float) -> None:
+        self.stepped_sequences += len(plan.work)
+        if plan.has_prompts:
+            self.prefill_steps += 1
+            self.prefill_s += seconds
+        else:
+            self.decode_steps += 1
+            self.decode_s += seconds
+
+    def failed(self, plan: Plan) -> None:
+        if plan.has_prompts:
+            self.failed_prefill_steps += 1
+        else:
+            self.failed_decode_steps += 1
+
+
 class Engine:
     """One scheduler and one runner behind a channel. `depth` steps may be under way while the next is planned."""
 
@@ -55,6 +84,7 @@ class Engine:
         self._channel = channel
         self._depth = depth
         self._under_way: deque[tuple[Plan, Launched]] = deque()
+        self._steps = StepCounts()
         self._step_began = 0.0
         self._status_at = 0.0
 
@@ -98,10 +128,13 @@ class Engine:
             self._fail(plan)
             return
         began, self._step_began = self._step_began, time.monotonic()
-        self._send(self._scheduler.commit(plan, sampled, self._step_began - began))
+        seconds = self._step_began - began
+        self._steps.done(plan, seconds)
+        self._send(self._scheduler.commit(plan, sampled, seconds))
 
     def _fail(self, plan: Plan) -> None:
         """One bad step must not take the others with it: its requests end, the loop goes on."""
+        self._steps.failed(plan)
         log.exception("a step of %d tokens failed; its %d requests end", plan.tokens, len(plan.work))
         self._send(
             self._scheduler.fail(plan, "the step that computed this request failed; see the server's log")
@@ -123,5 +156,7 @@ class Engine:
                 running=self._scheduler.running,
                 free_pages=self._pool.available,
                 total_pages=self._pool.total,
+                **asdict(self._scheduler.counts),
+                **asdict(self._steps),
             )
         )

@@ -55,7 +55,7 @@ class GpuRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
         """Queue `plan`, which must not be empty, on the device, and return."""
-        if any(work.token_ids for work in plan.work):
+        if plan.has_prompts:
             return self._mixed(plan)
         self._builder.extend(plan)
         last_row = max(work.row for work in plan.work)

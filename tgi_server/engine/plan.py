@@ -62,6 +62,11 @@ class Plan(msgspec.Struct, array_like=True, gc=False):
     def tokens(self) -> int:
         return sum(work.count for work in self.work)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some inputs come from the host, not from the step before."""
+        return any(work.token_ids for work in self.work)
+
 
 class Sampled(msgspec.Struct, array_like=True, gc=False):
     """What a step gave one sequence: tokens (several under speculation), their logprobs, those of its prompt."""

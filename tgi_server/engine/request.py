@@ -39,11 +39,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
-# The fields of GenerationRequest and Sampling the engine acts on already. A front end refuses the others by
-# the name the client gave them, so that nothing is ignored; add a field here with the code that honours it.
+# The fields of GenerationRequest and Sampling the engine acts on. A front end refuses the others by the name the
+# client gave them, so that nothing is ignored; add a field here with the code that honours it.
 HONOURED: Final[frozenset[str]] = frozenset(
     (*Sampling.__struct_fields__, "min_new_tokens", "top_logprobs", "prompt_logprobs")
 )
+
+
+def honoured_on(device: str) -> frozenset[str]:
+    """The fields the engine acts on when it runs on `device`: a GPU takes the likeliest token, no more yet."""
+    return HONOURED if device == "cpu" else frozenset()
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):

@@ -44,6 +44,15 @@ class Limits:
             )
 
 
+@dataclass
+class Counts:
+    """Since the start."""
+
+    prompt_tokens: int = 0  # of prompts begun
+    prefix_hit_tokens: int = 0  # of those, found in the cache
+    preemptions: int = 0
+
+
 class Scheduler:
     """Continuous batching over a paged cache, oldest first."""
 
@@ -56,6 +65,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by key
         self._running: list[Sequence] = []  # by key
         self._rows = list(range(limits.max_sequences - 1, -1, -1))
+        self.counts = Counts()
         self._added = 0  # requests so far: an order among those that arrive at one instant
 
     @property
@@ -211,6 +221,8 @@ class Scheduler:
         sequence.fed = False
         if sequence.queued_s is None:
             sequence.queued_s = self._clock() - sequence.arrived_s
+            self.counts.prompt_tokens += len(sequence.tokens)
+            self.counts.prefix_hit_tokens += sequence.computed
         insort(self._running, sequence, key=_key)
         return sequence
 
@@ -224,6 +236,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages and row; it waits, with its age, to be recomputed."""
+        self.counts.preemptions += 1
         self._stop_running(sequence)
         sequence.epoch += 1
         sequence.computed = sequence.scheduled = 0

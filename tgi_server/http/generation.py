@@ -72,6 +72,7 @@ def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
         sampling=msgspec.structs.replace(sampling, choice=choice) if choice else sampling,
         top_logprobs=parameters.top_logprobs,
         prompt_logprobs=parameters.prompt_logprobs,
+        priority=parameters.priority,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tgi_server.config import ServerConfig
-from tgi_server.http.parameters import MAX_CHOICES, MAX_OPENAI_STOPS, MAX_OPENAI_TOP_TOKENS
+from tgi_server.http.parameters import MAX_CHOICES, MAX_OPENAI_STOPS, MAX_OPENAI_TOP_TOKENS, MAX_PRIORITY
 from tgi_server.http.prompt import most_input_tokens
 from tgi_server.http.schema import INT32_MAX
 
@@ -68,6 +68,7 @@ def _tgi_requests(config: ServerConfig) -> dict[str, Json]:
         do_sample=_FLAG,
         frequency_penalty=_number(-2, 2),
         max_new_tokens=_whole(1, INT32_MAX),
+        priority=_whole(-MAX_PRIORITY, MAX_PRIORITY),
         repetition_penalty=_number(0.01, 100),
         return_full_text=_FLAG,
         seed={"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
@@ -112,6 +113,7 @@ def _openai_fields() -> dict[str, Json]:
         "min_tokens": _whole(0, INT32_MAX),
         "n": _whole(1, MAX_CHOICES),
         "presence_penalty": _number(-2, 2),
+        "priority": _whole(-MAX_PRIORITY, MAX_PRIORITY),
         "repetition_penalty": _number(0.01, 100),
         "return_token_ids": _FLAG,
         "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1},
@@ -201,19 +203,28 @@ def _tgi_answers() -> dict[str, Json]:
     }
 
 
+_FINISH: Final[Json] = {"enum": ["stop", "length"]}
+_HEAD: Final[dict[str, Json]] = {
+    "id": {"type": "string", "minLength": 1},
+    "created": _ID,
+    "model": _TEXT,
+    "system_fingerprint": _TEXT,
+}
+
+
 def _openai_answers() -> dict[str, Json]:
-    head = {
-        "id": {"type": "string", "minLength": 1},
-        "created": _ID,
-        "model": _TEXT,
-        "system_fingerprint": _TEXT,
+    error = _answer(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code={"type": "integer"})
+    model = _answer(id=_TEXT, object={"const": "model"}, created=_ID, owned_by=_TEXT)
+    return {
+        **_completion_answers(),
+        **_chat_answers(),
+        "Usage": _answer(prompt_tokens=_ID, completion_tokens=_ID, total_tokens=_ID),
+        "OpenAIError": _answer(error=error),
+        "ModelList": _answer(object={"const": "list"}, data=_array(model)),
     }
-    finish = {"enum": ["stop", "length"]}
-    index, usage, ids = _ID, _ref("Usage"), ("token_ids", "prompt_token_ids")
-    entry = {"token": _TEXT, "logprob": _LOGPROB, "bytes": _array(_whole(0, 255))}
-    chat_logprobs = _answer(
-        content=_array(_answer(**entry, top_logprobs=_array(_answer(**entry)))), refusal={"type": "null"}
-    )
+
+
+def _completion_answers() -> dict[str, Json]:
     logprobs = _answer(
         tokens=_array(_TEXT),
         token_logprobs=_array(_or_null(_LOGPROB)),
@@ -221,48 +232,52 @@ def _openai_answers() -> dict[str, Json]:
         text_offset=_array(_ID),
     )
     choice = _answer(
-        ids,
-        index=index,
+        ("token_ids", "prompt_token_ids"),
+        index=_ID,
         text=_TEXT,
         logprobs=_or_null(logprobs),
-        finish_reason=_or_null(finish),
+        finish_reason=_or_null(_FINISH),
         token_ids=_array(_ID),
         prompt_token_ids=_array(_ID),
     )
-    answered = _answer(
+    usage, kind = _or_null(_ref("Usage")), {"const": "text_completion"}
+    return {"Completion": _answer((), **_HEAD, object=kind, choices=_array(choice), usage=usage)}
+
+
+def _chat_answers() -> dict[str, Json]:
+    entry = {"token": _TEXT, "logprob": _LOGPROB, "bytes": _array(_whole(0, 255))}
+    content = _answer((), **entry, top_logprobs=_array(_answer((), **entry)))
+    logprobs = _or_null(_answer(content=_array(content), refusal={"type": "null"}))
+    role = {"const": "assistant"}
+    choice = _answer(
         ("token_ids",),
-        index=index,
-        message=_answer(role={"const": "assistant"}, content=_TEXT),
-        logprobs=_or_null(chat_logprobs),
-        finish_reason=finish,
+        index=_ID,
+        message=_answer(role=role, content=_TEXT),
+        logprobs=logprobs,
+        finish_reason=_FINISH,
         token_ids=_array(_ID),
     )
     delta = _answer(
-        index=index,
-        delta=_answer(("role", "content"), role={"const": "assistant"}, content=_TEXT),
-        logprobs=_or_null(chat_logprobs),
-        finish_reason=_or_null(finish),
+        index=_ID,
+        delta=_answer(("role", "content"), role=role, content=_TEXT),
+        logprobs=logprobs,
+        finish_reason=_or_null(_FINISH),
     )
-    chunk, chat = {"const": "chat.completion.chunk"}, {"const": "chat.completion"}
-    error = _answer(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code={"type": "integer"})
     return {
-        "Usage": _answer(prompt_tokens=_ID, completion_tokens=_ID, total_tokens=_ID),
-        "Completion": _answer(
-            **head, object={"const": "text_completion"}, choices=_array(choice), usage=_or_null(usage)
-        ),
         "ChatCompletion": _answer(
             ("prompt_token_ids",),
-            **head,
-            object=chat,
-            choices=_array(answered),
-            usage=usage,
+            **_HEAD,
+            object={"const": "chat.completion"},
+            choices=_array(choice),
+            usage=_ref("Usage"),
             prompt_token_ids=_array(_ID),
         ),
-        "ChatCompletionChunk": _answer(**head, object=chunk, choices=_array(delta), usage=_or_null(usage)),
-        "OpenAIError": _answer(error=error),
-        "ModelList": _answer(
-            object={"const": "list"},
-            data=_array(_answer(id=_TEXT, object={"const": "model"}, created=_ID, owned_by=_TEXT)),
+        "ChatCompletionChunk": _answer(
+            (),
+            **_HEAD,
+            object={"const": "chat.completion.chunk"},
+            choices=_array(delta),
+            usage=_or_null(_ref("Usage")),
         ),
     }
 

@@ -18,6 +18,7 @@ _MAX_STOP_CHARS = 8192  # of all stop strings together: the matcher keeps a stat
 _MAX_BIASES = 1024
 _MAX_STOP_TOKENS = 256
 _UINT64 = 2**64
+MAX_PRIORITY = 100  # as the engine counts: a thousand seconds of overtaking either way
 # Below this a temperature only overflows: the likeliest token has all the probability there is.
 _COLDEST = 1e-4
 
@@ -37,6 +38,7 @@ class Parameters:
     logprobs: bool = False  # whether the client asked to see them
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    priority: int = 0  # smaller is more urgent
 
     @property
     def greedy(self) -> bool:
@@ -117,6 +119,7 @@ def read_tgi(fields: Fields | None, honoured: frozenset[str], config: ServerConf
         logprobs=True,
         top_logprobs=top,
         prompt_logprobs=asked.flag("decoder_input_details", "prompt_logprobs"),
+        priority=_priority(fields),
     )
 
 
@@ -186,12 +189,17 @@ def read_openai(
         stop_token_ids=_stop_token_ids(fields, vocab_size),
         ignore_eos=fields.flag("ignore_eos") is True,
         choices=asked.integer("n", "choice", 1, MAX_CHOICES, 1),
+        priority=_priority(fields),
     )
 
 
 def refuse_unhonoured(fields: Fields, name: str, attribute: str, honoured: frozenset[str]) -> None:
     """Refuse a field that was given if the engine would not act on it."""
     _Asked(fields, honoured).honour(attribute, name, fields.raw(name), None)
+
+
+def _priority(fields: Fields) -> int:
+    return fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY) or 0
 
 
 def _seed(given: int | None) -> int:

@@ -85,7 +85,7 @@ class Renderer:
                     await self._end()
                     return self._too_slow()
                 except (ConnectionError, asyncio.IncompleteReadError):
-                    if await self._end() == -signal.SIGALRM:
+                    if await self._end(patience_s=1.0) == -signal.SIGALRM:
                         return self._too_slow()
         return Rendered(error="the model's chat template ended its renderer", field="messages")
 
@@ -109,13 +109,20 @@ class Renderer:
             await asyncio.wait_for(_ask(self._process, msgspec.msgpack.encode(self._setup)), _START_S)
         return self._process
 
-    async def _end(self) -> int:
-        """Make sure that there is no worker; the status of the one there was."""
+    async def _end(self, patience_s: float = 0.0) -> int:
+        """Make sure that there is no worker; the status of the one there was.
+
+        patience_s: for one that is ending by itself. Killing it would reap it, and lose what it died of.
+        """
         process, self._process = self._process, None
         if process is None:
             return 0
-        with suppress(ProcessLookupError):
-            process.kill()
+        if patience_s:
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(process.wait(), patience_s)
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
         return await process.wait()
 
 
