@@ -270,3 +270,15 @@ async def test_special_tokens_in_messages_are_tokens_if_the_operator_says_so(sta
     client = await start(engine, parse_special_in_content=True)
     await client.post(CHAT, json={"messages": [{"role": "user", "content": "<|end|>"}]})
     assert engine.requests[0].prompt_ids == [256, 258, 257, 257, 259]
+
+
+@pytest.mark.parametrize(("given", "priority"), [({}, 0), ({"priority": None}, 0), ({"priority": -7}, -7)])
+async def test_priority_reaches_the_scheduler_from_every_flavour(
+    start: Start, say: Say, given: dict[str, object], priority: int
+) -> None:
+    engine = say("a")
+    client = await start(engine)
+    await client.post(CHAT, json=body(**given))
+    await client.post("/v1/completions", json={"prompt": "x", **given})
+    await client.post("/generate", json={"inputs": "x", "parameters": given})
+    assert [request.priority for request in engine.requests] == [priority] * 3
