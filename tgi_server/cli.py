@@ -6,11 +6,15 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 
+from tgi_server.completion import COMMANDS, SCRIPTS
 from tgi_server.errors import StartupError
+from tgi_server.flags import memory_size
 from tgi_server.options import add_flags, resolve
+
+Command = Callable[[Mapping[str, object], Sequence[str]], int]
 
 _EPILOG = (
     "Every option may also be given as an environment variable (--max-total-tokens as MAX_TOTAL_TOKENS) and in the "
@@ -22,14 +26,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`tgi-server`: listens on 127.0.0.1 unless told otherwise."""
     parser = argparse.ArgumentParser(prog="tgi-server", description="A server for text generation.")
     parser.add_argument("--version", action="version", version=f"tgi-server {_version('tgi-server')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser(
-        "serve", help="serve a model over HTTP", description="Serve a model over HTTP.", epilog=_EPILOG
-    )
-    serve.usage = "tgi-server serve [MODEL] [OPTION ...]"
-    serve.add_argument("given_model", nargs="?", metavar="MODEL", help="same as --model-id")
-    add_flags(serve, launcher=False)
-    return _serve("tgi-server", vars(parser.parse_args(argv)), launcher=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    parsers = {
+        name: commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG
+        )
+        for name, text in COMMANDS.items()
+    }
+    for name in ("serve", "plan", "download"):
+        parsers[name].usage = f"tgi-server {name} [MODEL] [OPTION ...]"
+        parsers[name].add_argument("given_model", nargs="?", metavar="MODEL", help="same as --model-id")
+        add_flags(parsers[name], launcher=False)
+    parsers["plan"].add_argument(
+        "--device-memory", type=memory_size, metavar="SIZE",
+        help="memory of a GPU that need not be here, such as 80GiB; by default what is free here. "
+        "The exit status is 1 if one device is not enough",
+    )  # fmt: skip
+    parsers["completion"].add_argument("shell", choices=sorted(SCRIPTS))
+    given = vars(parser.parse_args(argv))
+    command = given.pop("command")
+    if command == "completion":
+        print(SCRIPTS[given["shell"]](), end="")
+        return 0
+    return _run("tgi-server", _COMMANDS[command], given, launcher=False)
 
 
 def launcher(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +62,10 @@ def launcher(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", "-V", action="version", version=f"tgi-server {_version('tgi-server')}")
     add_flags(parser, launcher=True)
-    return _serve("text-generation-launcher", vars(parser.parse_args(argv)), launcher=True)
+    return _run("text-generation-launcher", _serve, vars(parser.parse_args(argv)), launcher=True)
 
 
-def _serve(program: str, given: dict[str, object], *, launcher: bool) -> int:
+def _run(program: str, command: Command, given: dict[str, object], *, launcher: bool) -> int:
     model = given.pop("given_model", None)
     if model is not None:
         given.setdefault("model_id", model)
@@ -55,13 +74,44 @@ def _serve(program: str, given: dict[str, object], *, launcher: bool) -> int:
         if values["env"]:
             print(_environment_report(), flush=True)
         _prepare(values)
-        # What serving needs is imported here, so that --help and a mistyped option answer at once.
-        from tgi_server.service import serve  # noqa: PLC0415
-
-        return serve(values, warnings)
+        return command({**values, "device_memory": given.get("device_memory")}, warnings)
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+
+
+# What a command needs is imported in it, so that --help and a mistyped option answer at once.
+def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+    from tgi_server.service import serve  # noqa: PLC0415
+
+    return serve(values, warnings)
+
+
+def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+    from tgi_server.configure import memory_plans  # noqa: PLC0415
+    from tgi_server.memory_plan import advice, table  # noqa: PLC0415
+
+    size = values["device_memory"]
+    plans = memory_plans(values, size if isinstance(size, int) else None)
+    print(table(plans))
+    lines = [advice(plan) for plan in plans if not plan.fits]
+    if len(plans) > 1:
+        lines.append(
+            "A server uses one device so far; the other columns are what a split over several would take."
+        )
+    print("".join(f"\n{line}" for line in lines), end="\n" if lines else "")
+    return 0 if plans[0].fits else 1
+
+
+def _download(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+    from tgi_server.checkpoint.hub import model_folder  # noqa: PLC0415
+
+    revision = values["revision"]
+    print(model_folder(str(values["model_id"]), str(revision) if revision else None))
+    return 0
+
+
+_COMMANDS: Mapping[str, Command] = {"serve": _serve, "plan": _plan, "download": _download}
 
 
 def _prepare(values: Mapping[str, object]) -> None:

@@ -1,17 +1,23 @@
-"""From the values of the options to the two frozen configurations."""
+"""From the values of the options to the two frozen configurations, and to memory plans."""
 
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import tgi_kernels
+from tgi_server.checkpoint.headers import stored_types
 from tgi_server.checkpoint.hub import model_folder
 from tgi_server.config import EngineConfig, ModelConfig, ServerConfig
 from tgi_server.errors import StartupError
-from tgi_server.memory import kv_pages, usable_cores
+from tgi_server.memory import usable_cores, usable_memory_bytes
+from tgi_server.memory_plan import DEGREES, PLANNED_TYPES, Asked, MemoryPlan, can_split, plan_memory, table
 from tgi_server.options import keys_of
+
+log = logging.getLogger("tgi_server")
 
 _SAMPLING = ("temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty")
 
@@ -24,27 +30,60 @@ def configurations(values: Values) -> tuple[ServerConfig, EngineConfig]:
     Raises StartupError for values that do not fit the model, the machine or each other.
     """
     model_id = str(values["model_id"])
-    folder = model_folder(model_id)
+    folder = model_folder(model_id, _text(values, "revision"))
     model = ModelConfig.from_folder(folder)
     engine = _engine(values, folder, model)
     return _server(values, folder, model_id, engine), engine
 
 
-def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
+def memory_plans(values: Values, device_memory_bytes: int | None) -> list[MemoryPlan]:
+    """One for each number of devices that the model can be split over; fetches at most its config.json.
+
+    device_memory_bytes: of a GPU that need not be here; None: what is free on the device that would be used.
+    Raises StartupError for a model that is not served, and for options that do not fit it.
+    """
+    folder = model_folder(str(values["model_id"]), _text(values, "revision"), only_config=True)
+    model = ModelConfig.from_folder(folder)
+    if model.model_type not in PLANNED_TYPES or model.raw.get("quantization_config"):
+        raise StartupError(
+            f"{folder}: planned are {', '.join(PLANNED_TYPES)} that are not quantised; this is "
+            f"{model.model_type!r}{', quantised' if model.raw.get('quantization_config') else ''}"
+        )
+    asked, stored = _asked(values, folder, model), stored_types(folder)
+    wanted = str(values["device"])
+    on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted) == "cuda"
+    memory_bytes = device_memory_bytes or (_free_gpu_bytes() if on_gpu else usable_memory_bytes())
+    degrees = [ranks for ranks in DEGREES if can_split(model, ranks)] if on_gpu else [1]
+    return [plan_memory(model, stored, asked, memory_bytes, on_gpu=on_gpu, ranks=ranks) for ranks in degrees]
+
+
+def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
     total = _integer(values, "max_total_tokens") or model.max_positions
     if total > model.max_positions:
         raise StartupError(
             f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
         )
     sequences = _integer(values, "max_sequences")
+    return Asked(total, sequences, max(_integer(values, "max_batch_tokens"), sequences))
+
+
+def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
+    asked = _asked(values, folder, model)
     device = _device(str(values["device"]))
+    num_pages = 0  # on a GPU the engine counts, by the same arithmetic, when the weights are there
+    if device == "cpu":
+        plan = plan_memory(model, stored_types(folder), asked, usable_memory_bytes(), on_gpu=False)
+        plan.check()
+        num_pages = plan.pages
+        for line in table([plan]).splitlines():
+            log.info("%s", line)
     return EngineConfig(
         model=folder,
-        max_total_tokens=total,
-        max_batch_tokens=max(_integer(values, "max_batch_tokens"), sequences),
-        max_sequences=sequences,
+        max_total_tokens=asked.total_tokens,
+        max_batch_tokens=asked.batch_tokens,
+        max_sequences=asked.sequences,
         max_queue=_integer(values, "max_queue"),
-        num_pages=0 if device == "cuda" else kv_pages(model, total, sequences),
+        num_pages=num_pages,
         num_threads=_integer(values, "num_threads") or usable_cores(),
         device=device,
         dummy_weights=values["load_format"] == "dummy",
@@ -101,6 +140,17 @@ def _device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and built and driver else "cpu"
 
 
+def _free_gpu_bytes() -> int:
+    """Memory of the first GPU that is free now, as its driver's tool says; torch would take seconds to ask."""
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise StartupError(
+            f"nvidia-smi does not say how much memory is free ({error}); give --device-memory, such as 80GiB"
+        ) from None
+
+
 def _sampling_defaults(folder: Path) -> dict[str, float]:
     """What `generation_config.json` says of sampling, if it is there."""
     file = folder / "generation_config.json"
@@ -129,6 +179,10 @@ def _integer(values: Values, key: str) -> int:
     """An option's whole number; 0 for one that is not given."""
     value = values[key]
     return value if isinstance(value, int) else 0
+
+
+def _text(values: Values, key: str) -> str | None:
+    return str(values[key]) if values[key] else None
 
 
 def _texts(values: Values, key: str) -> tuple[str, ...]:

@@ -81,6 +81,21 @@ def seconds(text: str) -> float:
     return value
 
 
+def memory_size(text: str) -> int:
+    """Bytes, of `80GiB`, `80GB` or `80G`; G and GiB are 2³⁰, GB is 10⁹."""
+    number = text.rstrip("GiBM")
+    unit = {"GiB": 2**30, "G": 2**30, "GB": 10**9, "MiB": 2**20, "M": 2**20, "MB": 10**6}.get(
+        text[len(number) :]
+    )
+    try:
+        size = int(float(number) * (unit or 0))
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 80GiB or 512MiB")
+    return size
+
+
 def boolean(text: str) -> bool:
     value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
     if value is None:
@@ -135,6 +150,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "model-id", _MODEL, "folder with a Hugging Face checkpoint, or a Hub id (owner/name)",
         others=("model", "model-path"),
     ),
+    Flag("revision", _MODEL, "branch, tag or commit of a model on the Hub; by default its main branch"),
     Flag(
         "served-model-name", _MODEL, "the name clients see; by default the Hub id, or the folder's name",
         others=("alias",),
@@ -241,7 +257,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _ignored("usage-stats", "nothing is ever sent to anybody"),
     _ignored("max-image-fetch-size", "images are not read yet"),
     _ignored("enable-prefill-logprobs", "they are always there for requests that ask", is_switch=True),
-    _refused("revision", "download that revision and give its folder", neutral=("main",)),
     _refused("sharded", "a server uses one device", neutral=("false", "0")),
     _refused(
         "num-shard", "a server uses one device", "tensor-parallel-size", "-tp", "tp", neutral=("1",)

@@ -1,4 +1,4 @@
-"""What this process may use: cores and memory, from affinity and control groups, and the limits derived from them."""
+"""What this process may use: cores and memory, from affinity and control groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tgi_server.config import PAGE_TOKENS, ModelConfig
-from tgi_server.errors import StartupError
-
 _CGROUP = Path("/sys/fs/cgroup")
-_KV_SHARE_OF_MEMORY = (
-    0.25  # the rest is for weights, activations and the page cache that holds the checkpoint
-)
 
 
 def usable_cores() -> int:
@@ -26,31 +20,17 @@ def usable_cores() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """Memory that could be taken now without swapping, cut by the control group's limit."""
+    """Memory that could be taken now without swapping, cut by the control group's limit.
+
+    Pages of files count as used for the group, but are given up when needed: a checkpoint just fetched is such.
+    """
     available = psutil.virtual_memory().available
     limit, used = _read(_CGROUP / "memory.max").strip(), _read(_CGROUP / "memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
+        stat = dict(line.split(maxsplit=1) for line in _read(_CGROUP / "memory.stat").splitlines())
+        reclaimable = int(stat.get("inactive_file", 0))
+        available = min(available, int(limit) - int(used) + reclaimable)
     return available
-
-
-def kv_pages(model: ModelConfig, total_tokens: int, max_sequences: int) -> int:
-    """Pages of KV cache (fp32): what memory allows, never more than all sequences could fill.
-
-    Raises StartupError with what would fit if not even one sequence of `total_tokens` does.
-    """
-    page_bytes = model.num_layers * 2 * model.num_kv_heads * PAGE_TOKENS * model.head_dim * 4
-    memory = usable_memory_bytes()
-    per_sequence = -(-total_tokens // PAGE_TOKENS)
-    pages = min(int(memory * _KV_SHARE_OF_MEMORY) // page_bytes, per_sequence * max_sequences)
-    if pages < per_sequence:
-        fits = pages * PAGE_TOKENS
-        raise StartupError(
-            f"{total_tokens} tokens of KV cache take {per_sequence * page_bytes / 2**20:.0f} MiB, but of "
-            f"{memory / 2**20:.0f} MiB usable memory it may take {_KV_SHARE_OF_MEMORY:.0%}; "
-            f"--max-total-tokens {fits} would fit"
-        )
-    return pages
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -66,7 +66,9 @@ class Target:
     def raw(self, data: bytes, *, half_close: bool = False) -> Reply:
         """Send bytes, read the last answer that is no mere announcement."""
         with self.connect() as sock:
-            sock.sendall(data)
+            # A server may answer and hang up before it was told everything; its answer must be there all the same.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(data)
             if half_close:
                 sock.shutdown(socket.SHUT_WR)
             return read_reply(sock)

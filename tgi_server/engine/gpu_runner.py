@@ -18,13 +18,10 @@ from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
 from tgi_server.engine.graphs import DecodeGraph, DeviceState, capture_all
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.staging import Downloads, Fetched, Uploads
-from tgi_server.errors import StartupError
 from tgi_server.layers.batch import Attend, Batch
 from tgi_server.layers.paged import Decoding, DecodingThenPrompts, Prompts
+from tgi_server.memory_plan import GPU_RESERVE_BYTES, check_pages, pages_within
 from tgi_server.models.decoder import Decoder
-
-# Left free beside weights and KV cache: activations of the largest step, graphs, the allocator's rounding.
-RESERVE_BYTES = 4 << 30
 
 
 class GpuRunner:
@@ -102,11 +99,7 @@ class GpuRunner:
 def _pages_that_fit(page_bytes: int, max_pages: int, rows: int, device: torch.device) -> int:
     """Pages of KV cache for what is free now, never more than all rows could fill."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    pages = min((free_bytes - RESERVE_BYTES) // page_bytes, rows * max_pages)
-    if pages < max_pages:
-        raise StartupError(
-            f"{max_pages * PAGE_TOKENS} tokens of KV cache take {max_pages * page_bytes / 2**30:.1f} GiB; after the "
-            f"weights and a reserve of {RESERVE_BYTES / 2**30:.0f} GiB, {max(0, pages) * page_bytes / 2**30:.1f} GiB "
-            f"are left: --max-total-tokens {max(0, pages) * PAGE_TOKENS} would fit"
-        )
-    return int(pages)
+    pages = pages_within(free_bytes - GPU_RESERVE_BYTES, page_bytes, max_pages, rows)
+    beside = f"after the weights and a reserve of {GPU_RESERVE_BYTES / 2**30:.0f} GiB"
+    check_pages(pages, page_bytes, max_pages, beside)
+    return pages

@@ -1,0 +1,69 @@
+"""Shell completion, made from the table of options: what works is offered, what does nothing or is refused is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from tgi_server.flags import FLAGS, Effect, Flag
+
+COMMANDS: Final[Mapping[str, str]] = {
+    "serve": "serve a model over HTTP",
+    "plan": "show what a model takes of memory, without loading it",
+    "download": "fetch a model from the Hub",
+    "completion": "print a script that completes commands and options",
+}
+_OPTIONS: Final = tuple(flag for flag in FLAGS if flag.effect is Effect.WORKS)
+
+
+def _bash() -> str:
+    options = " ".join(f"--{flag.name}" for flag in _OPTIONS)
+    return f"""_tgi_server() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}"
+    if [[ $word == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "{options} --help --version" -- "$word")
+    elif [[ $COMP_CWORD == 1 && $1 == *tgi-server ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "{" ".join(COMMANDS)}" -- "$word")
+    else
+        mapfile -t COMPREPLY < <(compgen -f -- "$word")
+    fi
+}}
+complete -o filenames -F _tgi_server tgi-server text-generation-launcher
+"""
+
+
+def _zsh() -> str:
+    def option(flag: Flag) -> str:
+        text = "".join(f"\\{char}" if char in "[]:\\" else char for char in flag.help).replace("'", "'\\''")
+        return f"'--{flag.name}[{text}]{'' if flag.is_switch else ':value:_files'}'"
+
+    options = " \\\n        ".join(option(flag) for flag in _OPTIONS)
+    return f"""#compdef tgi-server text-generation-launcher
+_tgi_server() {{
+    if [[ $service == tgi-server && $CURRENT == 2 ]]; then
+        compadd {" ".join(COMMANDS)}
+    else
+        _arguments \\
+        {options} \\
+        '*:model:_files'
+    fi
+}}
+compdef _tgi_server tgi-server text-generation-launcher
+"""
+
+
+def _fish() -> str:
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    first = "complete -c tgi-server -n __fish_use_subcommand"
+    commands = [f"{first} -f -a {name} -d {quoted(text)}" for name, text in COMMANDS.items()]
+    options = [
+        f"complete -c {command} -l {flag.name} -d {quoted(flag.help)}{'' if flag.is_switch else ' -r'}"
+        for command in ("tgi-server", "text-generation-launcher")
+        for flag in _OPTIONS
+    ]
+    return "\n".join([*commands, *options, ""])
+
+
+SCRIPTS: Final[Mapping[str, Callable[[], str]]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

@@ -1,0 +1,249 @@
+"""How memory is divided between weights, KV cache and reserve: the arithmetic of the start and of `tgi-server plan`.
+
+Plain numbers in, plain numbers out: no device is asked here and no file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tgi_server.config import PAGE_TOKENS, ModelConfig
+from tgi_server.errors import StartupError
+
+# A GPU's part that weights and KV cache leave free: activations of the largest step, graphs, the allocator's rounding.
+GPU_RESERVE_BYTES: Final = 4 << 30
+# Of a CPU's memory; the rest is for weights, activations and the page cache that holds the checkpoint.
+KV_SHARE_OF_CPU_MEMORY: Final = 0.25
+# Python, libraries and tokenizer of engine, front end and template renderer: 250 + 77 + 11 MB with the demo model.
+_CPU_PROCESSES_BYTES: Final = 340_000_000
+DEGREES: Final = (1, 2, 4, 8)  # tensor-parallel ranks of the table
+PLANNED_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")  # what is built of the matrices counted here
+
+_ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
+_STORED: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # config.json's words for them
+_GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of sizes."""
+
+    total_tokens: int  # prompt and answer of one request
+    sequences: int  # computed in one step
+    batch_tokens: int  # computed in one step
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.total_tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The parts of one device's memory, each rank's the same; `pages` is 0 if nothing is left for them."""
+
+    ranks: int
+    on_gpu: bool
+    asked: Asked
+    memory_bytes: int
+    weights_bytes: int
+    reserve_bytes: int  # activations, rotary tables and what the processes take by themselves
+    page_bytes: int
+    pages: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """Negative if weights and reserve alone are too much."""
+        return self.memory_bytes - self.weights_bytes - self.reserve_bytes - self.kv_bytes
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * PAGE_TOKENS
+
+    @property
+    def fits(self) -> bool:
+        return self.pages >= self.asked.pages_per_sequence
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory for one sequence of full length, beside weights and reserve."""
+        kv_bytes = self.asked.pages_per_sequence * self.page_bytes
+        if self.on_gpu:
+            return self.weights_bytes + self.reserve_bytes + kv_bytes
+        return max(self.weights_bytes + self.reserve_bytes + kv_bytes, int(kv_bytes / KV_SHARE_OF_CPU_MEMORY))
+
+    def check(self) -> None:
+        """Raises StartupError with what would fit if not even one sequence of full length does."""
+        if self.left_bytes < 0:
+            raise StartupError(
+                f"weights take {_gib(self.weights_bytes)}, activations and processes {_gib(self.reserve_bytes)}, but "
+                f"only {_gib(self.memory_bytes)} of memory are usable; free some, or choose a smaller model"
+            )
+        check_pages(self.pages, self.page_bytes, self.asked.pages_per_sequence, self._beside)
+
+    @property
+    def _beside(self) -> str:
+        if self.on_gpu:
+            return f"after the weights and a reserve of {_gib(self.reserve_bytes)}"
+        return f"of {_gib(self.memory_bytes)} usable memory, at {KV_SHARE_OF_CPU_MEMORY:.0%} and after the weights"
+
+
+def pages_within(budget_bytes: int, page_bytes: int, pages_per_sequence: int, sequences: int) -> int:
+    """Pages of KV cache in a budget, never more than all sequences could fill; 0 for a negative budget."""
+    return max(0, min(budget_bytes // page_bytes, pages_per_sequence * sequences))
+
+
+def check_pages(pages: int, page_bytes: int, pages_per_sequence: int, beside: str) -> None:
+    """Raises StartupError if one sequence of full length does not fit; `beside` says what the room is after."""
+    if pages >= pages_per_sequence:
+        return
+    fits = (
+        f"--max-total-tokens {pages * PAGE_TOKENS} would fit" if pages else "not one page of 16 tokens fits"
+    )
+    raise StartupError(
+        f"{pages_per_sequence * PAGE_TOKENS} tokens of KV cache take {_gib(pages_per_sequence * page_bytes)}; "
+        f"{beside}, {_gib(pages * page_bytes)} are left for it: {fits}"
+    )
+
+
+def plan_memory(
+    model: ModelConfig,
+    stored: Mapping[str, str],
+    asked: Asked,
+    memory_bytes: int,
+    *,
+    on_gpu: bool,
+    ranks: int = 1,
+) -> MemoryPlan:
+    """Divide `memory_bytes`, those of one of `ranks` devices that `can_split` is true of.
+
+    stored: the type of each tensor as safetensors writes it; config.json's type is taken for what is absent.
+    """
+    kv_heads = _kv_heads(model, ranks)
+    weights = _weights_bytes(model, stored, ranks, on_gpu)
+    tables = model.max_positions * model.head_dim * 4  # of the rotary embedding
+    reserve = tables + (
+        GPU_RESERVE_BYTES if on_gpu else _CPU_PROCESSES_BYTES + _activation_bytes(model, asked)
+    )
+    page = model.num_layers * 2 * kv_heads * PAGE_TOKENS * model.head_dim * (2 if on_gpu else 4)
+    room = memory_bytes - weights - reserve
+    budget = room if on_gpu else min(room, int(memory_bytes * KV_SHARE_OF_CPU_MEMORY))
+    pages = pages_within(budget, page, asked.pages_per_sequence, asked.sequences)
+    return MemoryPlan(ranks, on_gpu, asked, memory_bytes, weights, reserve, page, pages)
+
+
+def can_split(model: ModelConfig, ranks: int) -> bool:
+    """Whether each rank gets as many heads; fewer KV heads than ranks are copied to several."""
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+def _kv_heads(model: ModelConfig, ranks: int) -> int:
+    """Those of one rank."""
+    return max(1, model.num_kv_heads // ranks)
+
+
+def _weights_bytes(model: ModelConfig, stored: Mapping[str, str], ranks: int, on_gpu: bool) -> int:
+    """What the weights of one rank take once loaded.
+
+    GPUs hold matrices in 16 bits; CPUs hold bf16 as it is and widen all else to fp32. The embedding keeps its type.
+    """
+    word = model.raw.get("dtype", model.raw.get("torch_dtype"))
+    default = _STORED.get(str(word), "F32")
+    total = 0
+    for name, values in _tensors(model, stored, ranks):
+        kind = stored.get(name, default)
+        if name == _EMBEDDING:
+            total += values * _ITEM_BYTES.get(kind, 4)
+            kind_of_head = kind if model.tie_embeddings else stored.get("lm_head.weight", default)
+            total += values * (2 if on_gpu or kind_of_head == "BF16" else 4)
+        elif name.endswith("_proj.weight"):
+            total += values * (2 if on_gpu or kind == "BF16" else 4)
+        else:
+            total += values * (2 if on_gpu else 4)
+    return total
+
+
+_EMBEDDING: Final = "model.embed_tokens.weight"
+
+
+def _tensors(model: ModelConfig, stored: Mapping[str, str], ranks: int) -> Iterator[tuple[str, int]]:
+    """Names of the tensors that are loaded, and how many values of each one rank has. The head is the embedding's size.
+
+    Biases are counted as far as the checkpoint has them.
+    """
+    hidden, inner = model.hidden_size, -(-model.intermediate_size // ranks)
+    q, kv = model.num_heads // ranks * model.head_dim, _kv_heads(model, ranks) * model.head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    yield _EMBEDDING, -(-model.vocab_size // ranks) * hidden
+    yield "model.norm.weight", hidden
+    for layer in range(model.num_layers):
+        at = f"model.layers.{layer}"
+        for part, matrices in (("self_attn", attention), ("mlp", mlp)):
+            for name, (rows, columns) in matrices.items():
+                yield f"{at}.{part}.{name}.weight", rows * columns
+                if f"{at}.{part}.{name}.bias" in stored:
+                    yield f"{at}.{part}.{name}.bias", rows
+        yield f"{at}.input_layernorm.weight", 2 * hidden  # and the other norm
+
+
+def _activation_bytes(model: ModelConfig, asked: Asked) -> int:
+    """fp32 values of the largest step that are alive at once: a layer's for each token, three copies of the logits."""
+    q_and_kv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    attention = 4 * model.hidden_size + q_and_kv + model.num_heads * model.head_dim
+    mlp = 3 * model.hidden_size + 3 * model.intermediate_size
+    values = asked.batch_tokens * max(attention, mlp) + 3 * asked.sequences * model.vocab_size
+    return 4 * values
+
+
+def table(plans: Sequence[MemoryPlan]) -> str:
+    """One column for each plan. `plans` share the device and what was asked."""
+    asked = plans[0].asked
+    rows: list[tuple[str, list[str]]] = [
+        ("devices", [str(plan.ranks) for plan in plans]),
+        ("memory of each", [_gib(plan.memory_bytes) for plan in plans]),
+        ("weights", [_gib(plan.weights_bytes) for plan in plans]),
+        ("activations, reserve", [_gib(plan.reserve_bytes) for plan in plans]),
+        ("KV cache", [_gib(plan.kv_bytes) for plan in plans]),
+        ("left", [_gib(plan.left_bytes) for plan in plans]),
+        ("KV cache of a token", [f"{plan.page_bytes / PAGE_TOKENS / 1024:g} KiB" for plan in plans]),
+        ("tokens of cache", [str(plan.tokens) for plan in plans]),
+        ("pages of 16 tokens", [str(plan.pages) for plan in plans]),
+        (
+            f"sequences of {asked.total_tokens}",
+            [str(plan.pages // asked.pages_per_sequence) for plan in plans],
+        ),
+        ("fits", ["yes" if plan.fits else "NO" for plan in plans]),
+    ]
+    return "\n".join(f"{name:<24}" + "".join(f"{cell:>14}" for cell in cells) for name, cells in rows)
+
+
+def advice(plans: Sequence[MemoryPlan]) -> list[str]:
+    """What to change where a plan does not fit, and what the table does not say by itself, as lines."""
+    lines = []
+    for plan in plans:
+        if not plan.fits:
+            fits = f"--max-total-tokens {plan.tokens} fits" if plan.pages else "there is no room for KV cache"
+            lines.append(
+                f"{plan.ranks} of {_gib(plan.memory_bytes)}: {fits}; --max-total-tokens {plan.asked.total_tokens} needs "
+                f"{_gib(plan.needed_bytes)}"
+            )
+    if plans[0].on_gpu:
+        degrees = [str(ranks) for ranks in DEGREES if ranks not in {plan.ranks for plan in plans}]
+        if degrees:
+            lines.append(f"The heads cannot be split evenly over {', '.join(degrees)} devices.")
+        if len(plans) > 1:
+            lines.append(
+                "A server uses one device so far; the other columns are what a split would take of each."
+            )
+    return lines
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / _GIB:.2f} GiB"
