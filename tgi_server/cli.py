@@ -28,12 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"tgi-server {_version('tgi-server')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     parsers = {
-        name: commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG
-        )
+        name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for name, text in COMMANDS.items()
     }
     for name in ("serve", "plan", "download"):
+        parsers[name].epilog = _EPILOG
         parsers[name].usage = f"tgi-server {name} [MODEL] [OPTION ...]"
         parsers[name].add_argument("given_model", nargs="?", metavar="MODEL", help="same as --model-id")
         add_flags(parsers[name], launcher=False)
@@ -94,12 +93,9 @@ def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
     size = values["device_memory"]
     plans = memory_plans(values, size if isinstance(size, int) else None)
     print(table(plans))
-    lines = [advice(plan) for plan in plans if not plan.fits]
-    if len(plans) > 1:
-        lines.append(
-            "A server uses one device so far; the other columns are what a split over several would take."
-        )
-    print("".join(f"\n{line}" for line in lines), end="\n" if lines else "")
+    lines = advice(plans)
+    if lines:
+        print("", *lines, sep="\n")
     return 0 if plans[0].fits else 1
 
 

@@ -230,10 +230,8 @@ def advice(plans: Sequence[MemoryPlan]) -> list[str]:
     for plan in plans:
         if not plan.fits:
             fits = f"--max-total-tokens {plan.tokens} fits" if plan.pages else "there is no room for KV cache"
-            lines.append(
-                f"{plan.ranks} of {_gib(plan.memory_bytes)}: {fits}; --max-total-tokens {plan.asked.total_tokens} needs "
-                f"{_gib(plan.needed_bytes)}"
-            )
+            needs = f"--max-total-tokens {plan.asked.total_tokens} needs {_gib(plan.needed_bytes)}"
+            lines.append(f"{plan.ranks} of {_gib(plan.memory_bytes)}: {fits}; {needs}")
     if plans[0].on_gpu:
         degrees = [str(ranks) for ranks in DEGREES if ranks not in {plan.ranks for plan in plans}]
         if degrees:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,20 +17,44 @@ from tgi_server.checkpoint.hub import model_folder
 from tgi_server.errors import StartupError
 
 HEADERS = {
-    "/api/models/some/gated": (403, {"X-Error-Code": "GatedRepo"}),
-    "/api/models/some/missing": (401, {"X-Error-Code": "RepoNotFound"}),
+    "/api/models/some/gated/revision/main": (403, {"X-Error-Code": "GatedRepo"}),
+    "/api/models/some/missing/revision/main": (401, {"X-Error-Code": "RepoNotFound"}),
+    "/api/models/some/model/revision/v9": (404, {"X-Error-Code": "RevisionNotFound"}),
+}
+COMMIT = "a" * 40
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "consolidated.safetensors": b"the same",
+    "x.bin": b"",
 }
 
 
 class FakeHub(BaseHTTPRequestHandler):
+    """Errors as in HEADERS; `some/model` has a revision v1 with FILES."""
+
     def do_GET(self) -> None:
-        path = self.path.split("?")[0].removesuffix("/revision/main")
+        path = self.path.split("?")[0]
         status, headers = HEADERS.get(path, (500, {}))
-        self.send_response(status)
+        body = b""
+        if path == "/api/models/some/model/revision/v1":
+            siblings = [{"rfilename": name} for name in FILES]
+            body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith("/api/models/some/model/tree/"):
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in FILES.items()]
+            body = json.dumps(tree).encode()
+        elif path.startswith(f"/some/model/resolve/{COMMIT}/"):
+            body = FILES[path.rsplit("/", 1)[1]]
+            headers = {"ETag": f'"{path.rsplit("/", 1)[1]}"', "X-Repo-Commit": COMMIT}
+        self.send_response(200 if body else status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -43,24 +68,44 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-def ask(model_id: str, endpoint: str, cache: Path) -> str:
-    """What a fresh process says: huggingface_hub reads the environment when it is imported."""
-    code = (
-        "import sys; from tgi_server.checkpoint.hub import model_folder\n"
-        "from tgi_server.errors import StartupError\n"
-        "try: print(model_folder(sys.argv[1]))\n"
-        "except StartupError as error: print(error)"
-    )
-    environment = {
+def environment(endpoint: str, cache: Path) -> dict[str, str]:
+    return {
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code, model_id], capture_output=True, text=True, env=environment, check=True
+
+
+def ask(model_id: str, endpoint: str, cache: Path, revision: str | None = None) -> str:
+    """What a fresh process says: huggingface_hub reads the environment when it is imported."""
+    code = (
+        "import sys; from tgi_server.checkpoint.hub import model_folder\n"
+        "from tgi_server.errors import StartupError\n"
+        "try: print(model_folder(*sys.argv[1:]))\n"
+        "except StartupError as error: print(error)"
     )
+    arguments = [model_id, *([revision] if revision else [])]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, env=environment(endpoint, cache), check=True,
+    )  # fmt: skip
     return done.stdout
+
+
+def download(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, in a process that may not import torch."""
+    code = (
+        "import sys; from tgi_server import cli\n"
+        "status = cli.main(['download', *sys.argv[1:]])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, env=environment(endpoint, cache), check=False,
+    )  # fmt: skip
 
 
 def test_a_local_folder_is_itself(tmp_path: Path) -> None:
@@ -84,3 +129,34 @@ def test_a_missing_model_says_to_check_the_spelling(hub: str, tmp_path: Path) ->
 def test_a_hub_that_cannot_be_reached_says_to_check_the_network(tmp_path: Path) -> None:
     answer = ask("some/model", "http://127.0.0.1:9", tmp_path)
     assert "could not be downloaded" in answer and "give a local folder" in answer
+
+
+def test_a_revision_that_is_not_there_is_named(hub: str, tmp_path: Path) -> None:
+    assert ask("some/model", hub, tmp_path, "v9").startswith("some/model has no revision v9: give a branch")
+
+
+def test_a_local_folder_has_no_revisions_but_its_own(tmp_path: Path) -> None:
+    assert model_folder(str(tmp_path), "main") == tmp_path
+    with pytest.raises(StartupError, match="has no revision v1; leave --revision out"):
+        model_folder(str(tmp_path), "v1")
+
+
+def test_a_name_that_no_hub_can_have_is_said_so() -> None:
+    with pytest.raises(StartupError, match="owner/-- is no Hub id"):
+        model_folder("owner/--")
+
+
+def test_the_download_command_prints_the_folder_of_the_revision(hub: str, tmp_path: Path) -> None:
+    done = download(hub, tmp_path, "--model-id", "some/model", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.name == COMMIT
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    again = download("http://127.0.0.1:9", tmp_path, "some/model", "--revision", "v1")
+    assert again.stdout == done.stdout, "what is cached needs no network"
+
+
+def test_the_download_command_says_in_one_line_what_is_wrong(hub: str, tmp_path: Path) -> None:
+    done = download(hub, tmp_path, "some/gated")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("tgi-server: some/gated is gated: accept")
