@@ -16,6 +16,11 @@ COMMANDS: Final[Mapping[str, str]] = {
 _OPTIONS: Final = tuple(flag for flag in FLAGS if flag.effect is Effect.WORKS)
 
 
+def _plain(flag: Flag) -> str:
+    """Its help without what shells take for syntax between single quotes, or zsh between brackets."""
+    return flag.help.translate({ord("'"): "’", ord("["): "(", ord("]"): ")", ord(":"): ",", ord("\\"): "/"})
+
+
 def _bash() -> str:
     options = " ".join(f"--{flag.name}" for flag in _OPTIONS)
     return f"""_tgi_server() {{
@@ -33,19 +38,14 @@ complete -o filenames -F _tgi_server tgi-server text-generation-launcher
 
 
 def _zsh() -> str:
-    def option(flag: Flag) -> str:
-        text = "".join(f"\\{char}" if char in "[]:\\" else char for char in flag.help).replace("'", "'\\''")
-        return f"'--{flag.name}[{text}]{'' if flag.is_switch else ':value:_files'}'"
-
-    options = " \\\n        ".join(option(flag) for flag in _OPTIONS)
+    ends = ("]:value:_files'", "]'")
+    options = " ".join(f"'--{flag.name}[{_plain(flag)}{ends[flag.is_switch]}" for flag in _OPTIONS)
     return f"""#compdef tgi-server text-generation-launcher
 _tgi_server() {{
     if [[ $service == tgi-server && $CURRENT == 2 ]]; then
         compadd {" ".join(COMMANDS)}
     else
-        _arguments \\
-        {options} \\
-        '*:model:_files'
+        _arguments {options} '*:model:_files'
     fi
 }}
 compdef _tgi_server tgi-server text-generation-launcher
@@ -53,13 +53,10 @@ compdef _tgi_server tgi-server text-generation-launcher
 
 
 def _fish() -> str:
-    def quoted(text: str) -> str:
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
     first = "complete -c tgi-server -n __fish_use_subcommand"
-    commands = [f"{first} -f -a {name} -d {quoted(text)}" for name, text in COMMANDS.items()]
+    commands = [f"{first} -f -a {name} -d '{text}'" for name, text in COMMANDS.items()]
     options = [
-        f"complete -c {command} -l {flag.name} -d {quoted(flag.help)}{'' if flag.is_switch else ' -r'}"
+        f"complete -c {command} -l {flag.name} -d '{_plain(flag)}'{'' if flag.is_switch else ' -r'}"
         for command in ("tgi-server", "text-generation-launcher")
         for flag in _OPTIONS
     ]

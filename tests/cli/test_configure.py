@@ -70,6 +70,16 @@ def test_sampling_defaults_come_from_the_model_only_if_asked_for(folder: Path) -
         configured(folder, generation_config="model")
 
 
+def test_the_start_tells_what_memory_is_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tgi_server"):
+        _, engine = configured(folder, max_sequences="2")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line[:24].strip() for line in lines][:6] == [
+        "devices", "memory of each", "weights", "activations, reserve", "KV cache", "left",
+    ]  # fmt: skip
+    assert lines[7].split()[-1] == str(engine.num_pages * 16) == "1024"
+
+
 def test_a_template_may_come_from_another_file(folder: Path, tmp_path: Path) -> None:
     template, other = tmp_path / "other.jinja", tmp_path / "other.json"
     template.write_text("from the file")

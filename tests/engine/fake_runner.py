@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 
 from tgi_server.config import PAGE_TOKENS
-from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.plan import Plan, Sampled, Work
 from tgi_server.engine.request import GenerationRequest
 
 VOCAB = 1000
@@ -57,11 +57,20 @@ class FakeRunner:
         for work in plan.work:
             self.computed_tokens += work.count
             if work.samples:
-                table = self.tables[work.row]
-                context = [self.cache[self._slot(table, i)] for i in range(work.start + work.count)]
-                self.last_ids[work.row] = next_token(context)
-                sampled.append(Sampled([self.last_ids[work.row]], [-1.0]))
+                ids = self._sample(work)
+                self.last_ids[work.row] = ids[-1]
+                sampled.append(Sampled(ids, [-1.0] * len(ids)))
         return FakeLaunched(sampled)
+
+    def _sample(self, work: Work) -> list[int]:
+        """One token, and one more for each guess that proves right."""
+        table = self.tables[work.row]
+        ids: list[int] = []
+        for length in range(work.start + work.count - work.guessed, work.start + work.count + 1):
+            ids.append(next_token([self.cache[self._slot(table, i)] for i in range(length)]))
+            if length < work.start + work.count and self.cache[self._slot(table, length)] != ids[-1]:
+                break
+        return ids
 
     @staticmethod
     def _slot(table: list[int], position: int) -> int:

@@ -44,6 +44,16 @@ class Limits:
             )
 
 
+# Guesses what follows the tokens of a sequence; a step verifies all guesses at once.
+Guess = Callable[[list[int]], list[int]]
+
+
+def no_guess(tokens: list[int]) -> list[int]:
+    """Without speculation, one token a step."""
+    del tokens
+    return []
+
+
 @dataclass
 class Counts:
     """Since the start."""
@@ -56,8 +66,11 @@ class Counts:
 class Scheduler:
     """Continuous batching over a paged cache, oldest first."""
 
-    def __init__(self, pool: PagePool, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: PagePool, limits: Limits, clock: Callable[[], float], guess: Guess = no_guess
+    ) -> None:
         self._pool = pool
+        self._guess = guess
         self._limits = limits
         self._clock = clock
         self._budget = TokenBudget(limits.target_s, limits.max_batch_tokens)
@@ -113,11 +126,13 @@ class Scheduler:
         chunk_budget = self._budget.prompt_tokens(decoding)
         for sequence in tuple(self._running):
             wanted = sequence.wanted
-            count = 1 if wanted == 1 else min(wanted, chunk_budget)
+            guesses = self._guesses(sequence, chunk_budget) if wanted == 1 else []
+            count = 1 + len(guesses) if wanted == 1 else min(wanted, chunk_budget)
             if count == 0 or sequence.row < 0 or not self._grow(sequence, sequence.scheduled + count):
                 continue
             if wanted == 1:
-                decodes.append(self._work(sequence, count))
+                chunk_budget -= len(guesses)
+                (chunks if guesses else decodes).append(self._work(sequence, 1, guesses))
             else:
                 chunk_budget -= count
                 chunks.append(self._work(sequence, count))
@@ -145,6 +160,10 @@ class Scheduler:
                 continue  # cancelled or finished since
             if sequence.epoch == work.epoch:
                 sequence.computed = work.start + work.count
+                if work.guessed and result is not None:
+                    # Each token but the last confirms a guess; what was computed for the others is overwritten.
+                    sequence.computed -= work.guessed - (len(result.token_ids) - 1)
+                    sequence.scheduled = sequence.computed
             if result is not None and work.scored:
                 sequence.take_prompt_logprobs(work.start, result)
             if result is not None and work.samples:
@@ -165,14 +184,24 @@ class Scheduler:
                 events.append(TokenEvent(work.id, finish=FinishReason.FAILED, error=message))
         return events
 
-    def _work(self, sequence: Sequence, count: int) -> Work:
+    def _guesses(self, sequence: Sequence, most: int) -> list[int]:
+        """Guesses to verify with a sequence's next token, whose own value must be known."""
+        if sequence.pending or not sequence.fed:
+            return []
+        left = sequence.request.max_new_tokens - sequence.generated - 1
+        return self._guess(sequence.tokens)[: min(left, most)]
+
+    def _work(self, sequence: Sequence, known: int, guesses: list[int] | None = None) -> Work:
+        """The next step's share of a sequence: `known` of its tokens, and guesses of what follows them."""
+        guesses = guesses or []
+        count = known + len(guesses)
         start = sequence.scheduled
         fed = sequence.fed
         asked = sequence.asked() if sequence.handed_over == 0 else None
         scored = sequence.request.prompt_ids[start + 1 : start + count + 1] if sequence.scores_prompt else []
         first_page, sequence.handed_over = sequence.handed_over, len(sequence.pages)
         sequence.scheduled += count
-        samples = sequence.scheduled == len(sequence.tokens) + sequence.pending
+        samples = sequence.scheduled >= len(sequence.tokens) + sequence.pending
         sequence.pending += samples
         sequence.fed = samples
         return Work(
@@ -181,12 +210,13 @@ class Scheduler:
             row=sequence.row,
             start=start,
             count=count,
-            token_ids=[] if fed else sequence.tokens[start : start + count],
+            token_ids=[] if fed and not guesses else [*sequence.tokens[start : start + known], *guesses],
             first_page=first_page,
             new_pages=sequence.pages[first_page:],
             samples=samples,
             asked=asked,
             top_logprobs=sequence.request.top_logprobs,
+            guessed=len(guesses),
             scored=scored,
         )
 

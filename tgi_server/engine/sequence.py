@@ -12,7 +12,7 @@ from tgi_server.engine.request import GenerationRequest
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Counts, in tokens:  0 ≤ computed ≤ scheduled ≤ len(tokens) + pending.
+    """Counts, in tokens:  0 ≤ computed ≤ scheduled ≤ len(tokens) + pending, and guesses beyond while they are verified.
 
         tokens:  | computed: KV is in the cache | scheduled: a step is under way | not planned yet |
         pages:   | shared prefix and full pages (published) | partly filled |
@@ -44,10 +44,10 @@ class Sequence:
 
     @property
     def wanted(self) -> int:
-        """How many tokens could be computed next; 0 when the last token is already being sampled."""
+        """How many tokens could be computed next; 0 when the last is being sampled, or guesses are being verified."""
         if self.generated + self.pending >= self.request.max_new_tokens:
             return 0
-        return len(self.tokens) + self.pending - self.scheduled
+        return max(0, len(self.tokens) + self.pending - self.scheduled)
 
     @property
     def scores_prompt(self) -> bool:
