@@ -156,7 +156,23 @@ def test_the_download_command_prints_the_folder_of_the_revision(hub: str, tmp_pa
     assert again.stdout == done.stdout, "what is cached needs no network"
 
 
+def test_a_plan_fetches_the_config_alone(hub: str, tmp_path: Path) -> None:
+    code = "from tgi_server.checkpoint.hub import model_folder as f; print(f('some/model', 'v1', only_config=True))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=environment(hub, tmp_path), check=True,
+    )  # fmt: skip
+    assert [path.name for path in Path(done.stdout.strip()).iterdir()] == ["config.json"]
+
+
 def test_the_download_command_says_in_one_line_what_is_wrong(hub: str, tmp_path: Path) -> None:
     done = download(hub, tmp_path, "some/gated")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("tgi-server: some/gated is gated: accept")
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_network(hub: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    done = download(hub, tmp_path / "file", "some/model", "--revision", "v1")
+    assert done.returncode == 2
+    assert "could not be stored: [Errno 20] Not a directory" in done.stderr

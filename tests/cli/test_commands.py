@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tgi_server.completion import COMMANDS, SCRIPTS
 from tgi_server.flags import FLAGS, Effect
 from tgi_server.options import default_of
 
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 WORKING = [flag.name for flag in FLAGS if flag.effect is Effect.WORKS]
 
 
@@ -133,3 +135,24 @@ def test_bash_completes_what_was_begun(words: list[str], offered: str) -> None:
     )
     done = subprocess.run([bash], input=script, capture_output=True, text=True, check=True)
     assert done.stdout == f"{offered}\n"
+
+
+def test_the_pages_name_no_option_that_there_is_not() -> None:
+    known = {name for flag in FLAGS for name in (flag.name, *flag.others)}
+    known |= {"help", "version", "device-memory", "user"}  # of the commands, and docker's
+    for page in ("operations.md", "migrating-from-tgi.md"):
+        named = set(re.findall(r"--([a-z][a-z-]+)", (DOCS / page).read_text(encoding="utf-8")))
+        assert named and named <= known, f"{page}: {named - known}"
+
+
+def test_what_the_migration_page_calls_refused_is() -> None:
+    page = (DOCS / "migrating-from-tgi.md").read_text(encoding="utf-8").split("## Refused, and why")
+    effects = {name: flag.effect for flag in FLAGS for name in (flag.name, *flag.others)}
+    first_cells = [line.split("|")[1] for line in page[1].splitlines() if line.startswith("|")]
+    refused = {name for cell in first_cells for name in re.findall(r"--([a-z][a-z-]+)", cell)}
+    assert len(refused) >= 8
+    assert all(effects[name] is Effect.REFUSED for name in refused)
+    (accepted,) = [line for line in page[0].splitlines() if "accepted; one warning" in line]
+    ignored = re.findall(r"--([a-z][a-z-]+)", accepted)
+    assert len(ignored) >= 9
+    assert all(effects[name] is Effect.IGNORED for name in ignored)

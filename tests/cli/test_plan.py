@@ -14,6 +14,7 @@ from tgi_server import cli, memory
 from tgi_server.checkpoint.headers import stored_types
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
+from tgi_server.engine.gpu_runner import _pages_that_fit
 from tgi_server.errors import StartupError
 from tgi_server.layers.embedding import Embedding
 from tgi_server.layers.linear import Linear
@@ -130,6 +131,21 @@ def test_pages_are_bounded_by_what_all_sequences_could_fill_and_never_negative()
     check_pages(4, 10, 4, "")
     with pytest.raises(StartupError, match="not one page of 16 tokens fits"):
         check_pages(0, 10, 4, "after all")
+
+
+@pytest.mark.parametrize("free_gib", [0, 3, 5, 10, 61.3, 140])
+@pytest.mark.parametrize("max_pages", [1, 64, 8192])
+def test_the_engine_on_a_gpu_takes_what_is_free_but_the_reserve(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, max_pages: int
+) -> None:
+    free, page_bytes, rows = int(free_gib * GIB), 2 << 20, 256
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 141 * GIB))
+    pages = min((free - 4 * GIB) // page_bytes, rows * max_pages)
+    if pages >= max_pages:
+        assert _pages_that_fit(page_bytes, max_pages, rows, torch.device("cuda")) == pages
+        return
+    with pytest.raises(StartupError, match=r"after the weights and a reserve of 4 GiB, .* are left for it"):
+        _pages_that_fit(page_bytes, max_pages, rows, torch.device("cuda"))
 
 
 def test_the_plan_counts_what_is_then_loaded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
 from tgi_server.errors import StartupError
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_TROUBLE_WITH_THE_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 _CONFIG = ["config.json", "generation_config.json"]
 _SECOND_COPIES = ["consolidated*", "original/*"]  # the same weights once more, in their maker's format
 
@@ -61,6 +63,10 @@ def model_folder(model_id: str, revision: str | None = None, *, only_config: boo
     except HFValidationError as error:
         raise StartupError(f"{model_id} is no Hub id: {error}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _TROUBLE_WITH_THE_DISK:
+            raise StartupError(
+                f"{model_id} could not be stored: {error}; mend that, or choose a folder with --huggingface-hub-cache"
+            ) from None
         raise StartupError(
             f"{model_id} could not be downloaded ({type(error).__name__}), and no complete copy is cached; check the "
             "network, or give a local folder"

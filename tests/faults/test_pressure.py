@@ -1,0 +1,54 @@
+"""A small cache and few places. Numbers are rows of the list of faults this suite was written from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.server import Server, running_server
+
+PLACES = 4
+CACHE_TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Server]:
+    """Four sequences at once, and room for about two of the length the tests ask for."""
+    with running_server(
+        *("--max-sequences", str(PLACES)),
+        *("--max-total-tokens", "512"),
+        *("--max-batch-total-tokens", str(CACHE_TOKENS)),
+    ) as server:
+        yield server
+
+
+def ask(server: Server, prompt: str, tokens: int, **fields: object) -> tuple[object, float]:
+    """The answer's text, and when it was there."""
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **fields}
+    (choice,) = server.post("/v1/completions", body)["choices"]
+    return choice["text"], time.monotonic()
+
+
+def test_row_74_a_cache_that_runs_out_changes_no_answer(small: Server) -> None:
+    prompts = [f"Chapter {i}. It began" for i in range(PLACES)]
+    alone = [ask(small, prompt, 400)[0] for prompt in prompts]
+    with ThreadPoolExecutor(PLACES) as pool:
+        crowded = [text for text, _ in pool.map(lambda prompt: ask(small, prompt, 400), prompts)]
+    assert crowded == alone
+    engine = small.get("/info")["engine"]
+    assert engine["total_pages"] == CACHE_TOKENS // 16
+    assert engine["preemptions"] > 0
+    assert engine["free_pages"] == engine["total_pages"]
+
+
+def test_row_77_urgent_requests_overtake_a_flood_which_is_served_too(small: Server) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        flood = [pool.submit(ask, small, f"Patient {i}", 30, priority=50) for i in range(16)]
+        time.sleep(0.3)  # the flood holds all places and queues
+        urgent = [pool.submit(ask, small, f"Urgent {i}", 5, priority=-50) for i in range(2)]
+        last_urgent = max(done.result()[1] for done in urgent)
+        ends = sorted(done.result()[1] for done in flood)
+    assert last_urgent < ends[len(ends) // 2], "urgent requests waited for half of the flood"
