@@ -79,7 +79,7 @@ class EngineConfig:
     max_batch_tokens: int  # tokens one step may compute
     max_sequences: int  # sequences one step may run
     max_queue: int  # requests waiting or running before new ones are refused
-    num_pages: int  # of KV cache; 0: as many as fit the GPU
+    num_pages: int  # of KV cache; on a GPU at most these, 0: as many as fit
     num_threads: int
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
     device: str = "cpu"  # or "cuda"

@@ -11,7 +11,7 @@ from pathlib import Path
 import tgi_kernels
 from tgi_server.checkpoint.headers import stored_types
 from tgi_server.checkpoint.hub import model_folder
-from tgi_server.config import EngineConfig, ModelConfig, ServerConfig
+from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
 from tgi_server.errors import StartupError
 from tgi_server.memory import usable_cores, usable_memory_bytes
 from tgi_server.memory_plan import DEGREES, PLANNED_TYPES, Asked, MemoryPlan, can_split, plan_memory, table
@@ -64,13 +64,19 @@ def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
             f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
         )
     sequences = _integer(values, "max_sequences")
-    return Asked(total, sequences, max(_integer(values, "max_batch_tokens"), sequences))
+    return Asked(
+        total,
+        sequences,
+        max(_integer(values, "max_batch_tokens"), sequences),
+        _integer(values, "max_batch_total_tokens"),
+    )
 
 
 def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
     asked = _asked(values, folder, model)
     device = _device(str(values["device"]))
-    num_pages = 0  # on a GPU the engine counts, by the same arithmetic, when the weights are there
+    # On a GPU this is a bound: the engine counts, by the same arithmetic, when the weights are there.
+    num_pages = asked.cache_tokens // PAGE_TOKENS
     if device == "cpu":
         plan = plan_memory(model, stored_types(folder), asked, usable_memory_bytes(), on_gpu=False)
         plan.check()

@@ -191,6 +191,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         others=("max-batch-size", "max-num-seqs", "max-running-requests"),
     ),
     Flag(
+        "max-batch-total-tokens", _LIMITS, "tokens the KV cache holds at most; by default what memory allows",
+        whole(16, 1 << 40),
+    ),
+    Flag(
         "max-queue", _LIMITS, "requests waiting or running before others are answered 429", whole(1, 1 << 20), 256,
         others=("max-concurrent-requests", "max-queued-requests"),
     ),
@@ -238,7 +242,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _ignored("trust-remote-code", "a checkpoint's code is never run", is_switch=True),
     _ignored("waiting-served-ratio", "prompts are read in pieces beside running answers"),
     _ignored("max-waiting-tokens", "prompts are read in pieces beside running answers"),
-    _ignored("max-batch-total-tokens", "the KV cache gets the memory there is"),
     _ignored("cuda-graphs", "the sizes to capture follow from max-sequences"),
     _ignored("shard-uds-path", "processes are joined by a socket without a name"),
     _ignored("master-addr", "processes are joined by a socket without a name"),

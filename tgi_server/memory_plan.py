@@ -33,6 +33,7 @@ class Asked:
     total_tokens: int  # prompt and answer of one request
     sequences: int  # computed in one step
     batch_tokens: int  # computed in one step
+    cache_tokens: int = 0  # of KV cache at most; 0: what memory allows
 
     @property
     def pages_per_sequence(self) -> int:
@@ -134,6 +135,8 @@ def plan_memory(
     room = memory_bytes - weights - reserve
     budget = room if on_gpu else min(room, int(memory_bytes * KV_SHARE_OF_CPU_MEMORY))
     pages = pages_within(budget, page, asked.pages_per_sequence, asked.sequences)
+    if asked.cache_tokens:
+        pages = min(pages, asked.cache_tokens // PAGE_TOKENS)
     return MemoryPlan(ranks, on_gpu, asked, memory_bytes, weights, reserve, page, pages)
 
 

@@ -32,9 +32,8 @@ class GpuRunner:
         self._device = torch.device(config.device)
         rows, max_pages = config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS)
         page_values = sum(spec.page_values() for spec in model.cache_specs)
-        self.num_pages = config.num_pages or _pages_that_fit(
-            page_values * dtype.itemsize, max_pages, rows, self._device
-        )
+        fit = _pages_that_fit(page_values * dtype.itemsize, max_pages, rows, self._device)
+        self.num_pages = min(fit, config.num_pages or fit)
         spec = model.cache_specs[0]
         shape = (len(model.cache_specs), self.num_pages, 2, spec.kv_heads, PAGE_TOKENS, spec.head_dim)
         kv = torch.zeros(shape, dtype=dtype, device=self._device)

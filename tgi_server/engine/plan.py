@@ -47,7 +47,9 @@ class Work(msgspec.Struct, array_like=True, gc=False):
     samples: bool  # its last position yields a new token
     asked: Asked | None = None  # with the first work of a sequence and after each preemption
     top_logprobs: int = 0  # likeliest tokens to report beside each one drawn or scored
-    guessed: int = 0  # the last of token_ids are guesses: the step samples after each input, to the first wrong one
+    guessed: int = (
+        0  # the last of token_ids are guesses: the step samples after each input, to the first wrong one
+    )
     scored: list[int] = []  # the tokens after the first positions, where their logprobs are asked for
 
 
