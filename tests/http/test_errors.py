@@ -297,7 +297,7 @@ async def test_an_error_before_the_first_token_has_its_status_also_in_a_stream(
 async def test_a_defect_of_ours_is_a_500_with_an_id_and_no_details(
     start: Start, say: Say, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = await start(say("a", fail_at=0, failure=RuntimeError("secret /root/path")))
+    client = await start(say("a", fail_at=0, failure=RuntimeError("secret /srv/path")))
     response = await client.post(
         CHAT, json={"messages": MESSAGES, "stream": stream}, headers={"X-Request-Id": "call-7"}
     )
