@@ -97,6 +97,18 @@ def test_alone_and_in_a_crowd_the_bits_are_the_same(folder: Path, depth: int) ->
         assert answers(rig, [prompt]) == [expected]
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="not had yet: failed on an H200. Prefill and decode attention sum in different orders, and beyond 64 tokens "
+    "cuBLAS chooses its kernel, split-K among them, by their number; which of the two it was is not established",
+)
+def test_chunks_and_preemption_keep_the_bits(folder: Path) -> None:
+    asked = prompts(20)
+    whole = answers(engine(folder), asked)
+    assert answers(engine(folder, max_batch_tokens=64), asked) == whole
+    assert answers(engine(folder, num_pages=80), asked) == whole
+
+
 def test_chunks_and_preemption_change_answers_only_at_near_ties(folder: Path) -> None:
     """Prefill and decode attention sum in different orders, so recomputing may round differently."""
     asked = prompts(20)
