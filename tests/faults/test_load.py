@@ -1,4 +1,4 @@
-"""Too much at once. Numbers are rows of the list of faults this suite was written from."""
+"""Too much at once. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 

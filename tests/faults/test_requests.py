@@ -1,4 +1,4 @@
-"""Requests whose values make no sense. Numbers are rows of the list of faults this suite was written from."""
+"""Requests whose values make no sense. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP as nobody should speak it. Numbers are rows of the list of faults this suite was written from."""
+"""HTTP as nobody should speak it. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def test_rows_1_to_10_bodies_that_are_no_json_object(target: Target, name: str) 
 def test_row_6_of_two_equal_keys_the_last_counts(target: Target) -> None:
     body = b'{"inputs": "x", "parameters": {"details": true, "max_new_tokens": 5, "max_new_tokens": 2}}'
     assert target.send("/generate", body).json["details"]["generated_tokens"] == 2
+
+
+def test_row_9_a_byte_order_mark_is_no_obstacle(target: Target) -> None:
+    assert target.send("/generate", b"\xef\xbb\xbf" + BODY).status == 200
 
 
 @pytest.mark.parametrize(
