@@ -26,6 +26,9 @@ from tgi_server.text.text import Text
 
 _LAST_WORDS_S = 1.0  # how long clients get to read why their answers broke off
 _LOOK_EVERY_S = 0.02
+# Connections the kernel keeps until they are accepted. One more, and a client tries again only after a second.
+_BACKLOG = 4096
+_FEW_FILES = 4096
 
 log = logging.getLogger("tgi_server")
 
@@ -80,7 +83,12 @@ class _Service:
         for runner, port, tls in zip(runners, ports, (self._tls, None), strict=False):
             await runner.setup()
             site = web.TCPSite(
-                runner, self._config.host, port, shutdown_timeout=_LAST_WORDS_S, ssl_context=tls
+                runner,
+                self._config.host,
+                port,
+                shutdown_timeout=_LAST_WORDS_S,
+                ssl_context=tls,
+                backlog=_BACKLOG,
             )
             try:
                 await site.start()
@@ -137,6 +145,9 @@ def _allow_many_connections() -> None:
     """Each takes a file descriptor, and the usual soft limit of 1024 is meant for programs that use select."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.info("at most %d files and connections may be open at a time", hard)
+    if hard < _FEW_FILES:
+        log.warning("that is not many; `ulimit -Hn %d` before the start allows more", _FEW_FILES)
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:

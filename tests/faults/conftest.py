@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -16,6 +18,7 @@ import psutil
 import pytest
 
 from tests.server import Server, running_server
+from tgi_server.http.metrics import GENERATING
 
 CANARY = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}
 CHAT = "/v1/chat/completions"
@@ -43,6 +46,7 @@ class Target:
     """The server under attack. Every request sent through it carries an id, which the log must show once."""
 
     server: Server
+    key: str | None = None  # sent with every request that brings none of its own
     ids: list[str] = field(default_factory=list)
 
     def new_id(self) -> str:
@@ -50,12 +54,21 @@ class Target:
         return self.ids[-1]
 
     def send(
-        self, path: str, body: object = None, *, method: str = "POST", headers: dict[str, str] | None = None
+        self,
+        path: str,
+        body: object = None,
+        *,
+        method: str = "POST",
+        headers: Mapping[str, str | None] | None = None,
     ) -> Reply:
-        """One request on a connection of its own. `body`: bytes as they are, all else as JSON."""
+        """One request on a connection of its own.
+
+        body: bytes as they are, all else as JSON. headers: None leaves out one that is sent otherwise.
+        """
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        lines = {"X-Request-Id": self.new_id(), **self._authorization(), **(headers or {})}
         with closing(http.client.HTTPConnection(*self.server.address, timeout=60)) as connection:
-            connection.request(method, path, data, {"X-Request-Id": self.new_id(), **(headers or {})})
+            connection.request(method, path, data, {k: v for k, v in lines.items() if v is not None})
             response = connection.getresponse()
             named = {name.lower(): value for name, value in response.getheaders()}
             return Reply(response.status, named, response.read())
@@ -80,10 +93,13 @@ class Target:
     def metrics(self) -> dict[str, float]:
         """Every sample by its name and labels; not through `send`, which would be seen in them."""
         with closing(http.client.HTTPConnection(*self.server.address, timeout=10)) as connection:
-            connection.request("GET", "/metrics")
+            connection.request("GET", "/metrics", headers=self._authorization())
             lines = connection.getresponse().read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in samples}
+
+    def _authorization(self) -> dict[str, str]:
+        return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
 
 
 def read_reply(sock: socket.socket) -> Reply:
@@ -139,14 +155,16 @@ class Baseline:
     children: int
 
 
-@pytest.fixture(scope="session")
-def attacked() -> Iterator[tuple[Target, Baseline]]:
-    options = ("--max-queue", str(MAX_QUEUE), "--max-total-tokens", str(MAX_TOKENS))
-    with running_server(*options) as server:
-        target = Target(server)
+@contextmanager
+def attack(*options: str, key: str | None = None, chats: bool = True) -> Iterator[tuple[Target, Baseline]]:
+    """A server to be attacked, and what it is like before."""
+    sizes = ("--max-queue", str(MAX_QUEUE), "--max-total-tokens", str(MAX_TOKENS))
+    with running_server(*sizes, *options) as server:
+        target = Target(server, key)
         text = target.send("/generate", CANARY).json["generated_text"]
         # Whatever is started when first needed is there before counting.
-        target.send(CHAT, {"messages": MESSAGES, "max_tokens": 2})
+        if chats:
+            assert target.send(CHAT, {"messages": MESSAGES, "max_tokens": 2}).status == 200
         for body in ({"inputs": "long " * 900}, {"inputs": "<|im_end|>"}):
             target.send("/tokenize", body)
         front = psutil.Process(server.process.pid)
@@ -163,12 +181,11 @@ def attacked() -> Iterator[tuple[Target, Baseline]]:
         )
 
 
-@pytest.fixture
-def target(attacked: tuple[Target, Baseline]) -> Iterator[Target]:
-    """The server; after the test it must be as if nothing had been."""
-    target, baseline = attacked
+@contextmanager
+def survived(target: Target, baseline: Baseline) -> Iterator[Target]:
+    """Do what you like inside; afterwards the server must be as if nothing had been."""
     target.ids.clear()
-    read = len(target.server.log)
+    begun, read = target.metrics()["tgi_request_count"], len(target.server.log)
     yield target
     ids = list(target.ids)
     front = psutil.Process(target.server.process.pid)
@@ -181,10 +198,34 @@ def target(attacked: tuple[Target, Baseline]) -> Iterator[Target]:
     until(lambda: _State.of(target.server.engine).holds(baseline.engine), f"the engine, {baseline.engine}")
     assert len(front.children()) == baseline.children
     until(lambda: all(target.server.log.count(f"id={one}\n") == 1 for one in ids), "one line a request")
-    _check_counters(target.metrics())
+    found = target.metrics()
+    _check_counters(found)
+    until(
+        lambda: _generating(target.server.log[read:]) == found["tgi_request_count"] - begun,
+        "each request to generate to be counted once",
+    )
     log = target.server.log[read:]
     assert "Traceback" not in log
     assert "\x1b" not in log
+
+
+@pytest.fixture(scope="session")
+def attacked() -> Iterator[tuple[Target, Baseline]]:
+    with attack() as both:
+        yield both
+
+
+@pytest.fixture
+def target(attacked: tuple[Target, Baseline]) -> Iterator[Target]:
+    """The server; after the test it must be as if nothing had been."""
+    with survived(*attacked) as target:
+        yield target
+
+
+def _generating(log: str) -> int:
+    """Requests to generate that the log tells of."""
+    lines = re.findall(r"^\S+ \S+ INFO POST (\S+) .* id=\S+$", log, re.MULTILINE)
+    return sum(path in GENERATING for path in lines)
 
 
 def _canary(target: Target) -> str | None:
@@ -195,7 +236,7 @@ def _canary(target: Target) -> str | None:
 
 
 def _engine(target: Target) -> dict[str, Any]:
-    status = target.server.get("/info")["engine"]
+    status = target.send("/info", method="GET").json["engine"]
     assert isinstance(status, dict)
     return status
 
@@ -223,3 +264,11 @@ def check_error(path: str, reply: Reply, *statuses: int) -> str:
     assert "Traceback" not in message and ".py" not in message and len(message) < 2000
     assert message.isprintable()
     return message
+
+
+def raise_limit_of_files(wanted: int) -> None:
+    """Let this process open `wanted` files; skips the test where that is not allowed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"this process may open {hard} files, {wanted} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, 4096), hard))

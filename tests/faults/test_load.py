@@ -1,4 +1,4 @@
-"""Too much at once. Numbers are rows of the list of faults this suite was written from."""
+"""Too much at once. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 
 from tests.faults.conftest import CANARY, MAX_QUEUE, MAX_TOKENS, Target, check_error, until
 
@@ -31,8 +32,10 @@ def test_row_71_a_full_queue(target: Target) -> None:
             reply = target.send(path, CANARY)
             check_error(path, reply, 429)
             assert int(reply.headers["retry-after"]) >= 1
-        assert target.send("/health", method="GET").status == 200
-        assert target.send("/livez", method="GET").status == 200
+        for path in ("/health", "/livez"):
+            assert target.send(path, method="GET").status == 200
+        # The engine tells of its queue every half second.
+        until(lambda: target.send("/readyz", method="GET").status == 503, "not to be ready for more")
         assert all(b"data:" in sock.recv(1000) for sock in streams), "those accepted go on"
         assert target.metrics()['tgi_request_rejections_total{reason="overloaded"}'] >= 2
     finally:
@@ -40,13 +43,43 @@ def test_row_71_a_full_queue(target: Target) -> None:
             sock.close()
 
 
-def test_row_73_a_long_prompt_among_short_streams(target: Target) -> None:
+def arrivals(target: Target, body: object) -> list[float]:
+    """When each event of a stream came."""
+    with begin(target, "/generate_stream", body) as sock, sock.makefile("rb") as lines:
+        times = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                times.append(time.monotonic())
+            if b'"generated_text":"' in line:
+                break
+        return times
+
+
+def test_row_73_long_prompts_among_short_streams_do_not_stop_them(target: Target) -> None:
+    short = {"inputs": "Count: one, two,", "parameters": {"max_new_tokens": 120}}
+    with ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(arrivals, target, short) for _ in range(12)]
+        for token in (
+            5,
+            6,
+            7,
+        ):  # three, so that steps made of whole prompts would be more than one gap in a hundred
+            long = {"prompt": [token] * (MAX_TOKENS - 2), "max_tokens": 1}
+            assert target.send("/v1/completions", long).status == 200
+        seen = [stream.result() for stream in streams]
+    gaps = sorted(later - sooner for times in seen for sooner, later in pairwise(times))
+    assert len(gaps) == 12 * 119
+    p99, mean = gaps[len(gaps) * 99 // 100], sum(gaps) / len(gaps)
+    assert p99 < 8 * mean, f"99 % of gaps are below {p99:.3f} s, and their mean is {mean:.3f} s"
+
+
+def test_row_73_answers_are_the_same_beside_a_long_prompt(target: Target) -> None:
     short = {"inputs": "Count: one, two,", "parameters": {"max_new_tokens": 16}}
     with ThreadPoolExecutor(12) as pool:
         alone = target.send("/generate", short).json["generated_text"]
         streams = [pool.submit(target.send, "/generate", short) for _ in range(10)]
         long = pool.submit(
-            target.send, "/v1/completions", {"prompt": [5] * (MAX_TOKENS - 2), "max_tokens": 1}
+            target.send, "/v1/completions", {"prompt": [8] * (MAX_TOKENS - 2), "max_tokens": 1}
         )
         assert {future.result().json["generated_text"] for future in streams} == {alone}
         assert long.result().status == 200

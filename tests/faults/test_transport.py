@@ -1,17 +1,29 @@
-"""HTTP as nobody should speak it. Numbers are rows of the list of faults this suite was written from."""
+"""HTTP as nobody should speak it. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 
 import gzip
-import resource
+import json
 import socket
 import struct
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
-from tests.faults.conftest import CANARY, CHAT, MESSAGES, Target, check_error, read_reply, until
+from tests.faults.conftest import (
+    CANARY,
+    CHAT,
+    MESSAGES,
+    Target,
+    check_error,
+    raise_limit_of_files,
+    read_reply,
+    until,
+)
 from tests.http.test_errors import DAMAGED
+from tgi_server.http.state import Patience
 
 BODY = b'{"inputs": "x", "parameters": {"max_new_tokens": 2}}'
 LONG = b'{"inputs": "Once upon a time", "parameters": {"max_new_tokens": 900}}'
@@ -30,6 +42,10 @@ def test_rows_1_to_10_bodies_that_are_no_json_object(target: Target, name: str) 
 def test_row_6_of_two_equal_keys_the_last_counts(target: Target) -> None:
     body = b'{"inputs": "x", "parameters": {"details": true, "max_new_tokens": 5, "max_new_tokens": 2}}'
     assert target.send("/generate", body).json["details"]["generated_tokens"] == 2
+
+
+def test_row_9_a_byte_order_mark_is_no_obstacle(target: Target) -> None:
+    assert target.send("/generate", b"\xef\xbb\xbf" + BODY).status == 200
 
 
 @pytest.mark.parametrize(
@@ -98,9 +114,10 @@ def test_row_15_lengths_that_smuggle(target: Target, lines: str) -> None:
 
 
 def test_row_16_chunks_of_one_byte(target: Target) -> None:
-    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY + b" " * 200_000)
-    data = target.head("/generate", "Transfer-Encoding: chunked\r\n\r\n") + chunks + b"0\r\n\r\n"
-    assert target.raw(data).status == 200
+    for size, status in ((200_000, 200), (3_000_000, 413)):
+        chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY.ljust(size))
+        data = target.head("/generate", "Transfer-Encoding: chunked\r\n\r\n") + chunks + b"0\r\n\r\n"
+        assert target.raw(data).status == status
 
 
 @pytest.mark.parametrize(
@@ -114,13 +131,6 @@ def test_row_16_chunks_of_one_byte(target: Target) -> None:
 )
 def test_row_17_heads_that_are_too_long(target: Target, data: bytes, status: int) -> None:
     check_error("/", target.raw(data), status)
-
-
-def raise_limit_of_files(wanted: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"this process may open {hard} files, {wanted} are needed")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, 4096), hard))
 
 
 def test_row_18_a_thousand_clients_that_send_half_a_request(target: Target) -> None:
@@ -143,12 +153,21 @@ def test_row_18_a_thousand_clients_that_send_half_a_request(target: Target) -> N
     assert time.monotonic() - began < 50, "five times the ten seconds that half a request may take"
 
 
-def test_row_19_idle_connections_leave_others_alone(target: Target) -> None:
-    raise_limit_of_files(2500)
-    idle = [target.connect() for _ in range(2000)]
-    assert target.send("/generate", BODY).status == 200
-    for sock in idle:
-        sock.close()
+def test_row_19_ten_thousand_idle_connections_leave_others_alone(target: Target) -> None:
+    raise_limit_of_files(12_000)
+    front = psutil.Process(target.server.process.pid)
+    files = front.rlimit(psutil.RLIMIT_NOFILE)[0]
+    assert f"{files} files and connections" in target.server.log, "said at the start"
+    if files < 12_000:
+        pytest.skip(f"the server may open {files} files, 12000 are needed")
+    idle = [target.connect() for _ in range(10_000)]
+    try:
+        until(lambda: front.num_fds() > 10_000, "all of them to be accepted")
+        for _ in range(3):
+            assert target.send("/generate", BODY).status == 200
+    finally:
+        for sock in idle:
+            sock.close()
 
 
 def test_row_20_a_client_that_has_nothing_more_to_say_is_answered(target: Target) -> None:
@@ -158,6 +177,7 @@ def test_row_20_a_client_that_has_nothing_more_to_say_is_answered(target: Target
 
 @pytest.mark.parametrize("moment", ["in the body", "before the first token", "in the stream"])
 def test_row_21_resets(target: Target, moment: str) -> None:
+    before = target.metrics()["tgi_request_aborts_total"]
     for _ in range(5):
         with target.connect() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -165,17 +185,35 @@ def test_row_21_resets(target: Target, moment: str) -> None:
             sock.sendall(head + (LONG[:10] if moment == "in the body" else LONG))
             if moment == "in the stream":
                 sock.recv(1000)
+    until(lambda: target.metrics()["tgi_request_aborts_total"] == before + 5, "each to be counted as dropped")
 
 
-def test_row_22_a_slow_reader_slows_nobody(target: Target) -> None:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        sock.connect(target.server.address)
-        sock.sendall(target.head("/generate_stream", sized(LONG)) + b"\r\n" + LONG)
-        for _ in range(3):
-            sock.recv(1)
-            time.sleep(0.1)
+def slow_reader(target: Target) -> socket.socket:
+    """A stream of which the client's side takes as little as its kernel allows; small packets keep ours low, too."""
+    asked = {"messages": MESSAGES, "max_tokens": 900, "stream": True, "ignore_eos": True}
+    body = json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    sock.connect(target.server.address)
+    sock.sendall(target.head(CHAT, sized(body)) + b"\r\n" + body)
+    return sock
+
+
+def test_row_22_a_client_that_reads_a_byte_a_second_slows_nobody_and_is_cut_off(target: Target) -> None:
+    before = target.metrics()
+    answered = 0
+    with slow_reader(target) as sock, suppress(ConnectionResetError):
+        sock.settimeout(1)
+        deadline = time.monotonic() + 5 * Patience().stalled_s
+        while target.metrics()["tgi_request_aborts_total"] == before["tgi_request_aborts_total"]:
+            assert time.monotonic() < deadline, "its buffers are full, and it is still waited for"
             assert target.send("/generate", CANARY).status == 200
+            answered += 1
+            time.sleep(1)
+            assert len(sock.recv(1)) == 1
+    assert answered > 3, "others were answered while it was waited for"
+    assert target.metrics()["tgi_generated_tokens_total"] - before["tgi_generated_tokens_total"] < 5_000
 
 
 def test_row_23_old_new_and_hasty_clients(target: Target) -> None:

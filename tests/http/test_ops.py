@@ -34,6 +34,16 @@ async def test_probes_fail_when_nothing_moves(start: Start, silent_s: float, rea
     assert (await client.get("/livez")).status == live
 
 
+@pytest.mark.parametrize(("waiting", "status"), [(3, 200), (4, 503)])
+async def test_a_full_queue_is_not_ready_but_well(start: Start, waiting: int, status: int) -> None:
+    client = await start(
+        FakeEngine(status=EngineStatus(phase="ready", running=4, waiting=waiting)), max_queue=8
+    )
+    assert (await client.get("/readyz")).status == status
+    for path in ("/health", "/ping", "/", "/livez"):
+        assert (await client.get(path)).status == 200
+
+
 async def test_probes_fail_when_the_engine_is_gone(start: Start) -> None:
     client = await start(FakeEngine(alive=False))
     assert (await client.get("/livez")).status == 503

@@ -109,6 +109,33 @@ async def test_a_client_that_leaves_does_not_shift_the_answers_of_others(make: M
     assert rendered == texts
 
 
+async def test_only_those_whose_template_does_not_end_are_refused(make: Make) -> None:
+    renderer = make(ENDLESS)
+    contents = ["hello", "loop", "hello", "hello", "loop", "hello"]
+    jobs = [renderer.render([{"role": "user", "content": content}]) for content in contents]
+    answers = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [content for content, answer in zip(contents, answers, strict=True) if answer == "fine"] == [
+        "hello"
+    ] * 4
+    assert [str(answer) for answer in answers if answer != "fine"] == [
+        "the model's chat template took longer than 0.3 s for these messages"
+    ] * 2
+
+
+async def test_a_prompt_longer_than_a_pipe_holds_comes_whole_among_short_ones(make: Make) -> None:
+    renderer = make("{{ messages[0].content }}")
+    texts = [str(i) * (1_000_000 if i % 3 == 0 else 10) for i in range(10)]
+    rendered = await asyncio.gather(*(renderer.render([{"role": "user", "content": t}]) for t in texts))
+    assert rendered == texts
+
+
+async def test_a_worker_that_is_stopped_is_replaced(make: Make) -> None:
+    renderer = make("fine")
+    await renderer.start()
+    os.kill(worker().pid, signal.SIGSTOP)
+    assert await renderer.render([USER]) == "fine"
+
+
 async def test_closing_leaves_no_process(make: Make) -> None:
     renderer = make("fine")
     await renderer.start()

@@ -40,6 +40,15 @@ def test_a_template_that_refuses_says_so_in_its_own_words(tmp_path: Path) -> Non
     assert raised.value.field == "messages"
 
 
+def test_what_a_template_says_is_short_and_cannot_forge_lines_of_a_log() -> None:
+    with pytest.raises(UserError) as raised:
+        template("{{ raise_exception(messages[0].content) }}").render(
+            [{**USER, "content": "a\r\nb\x1b" * 500}]
+        )
+    assert raised.value.message.isprintable()
+    assert len(raised.value.message) < 600
+
+
 def test_a_jinja_file_wins_over_the_tokenizer_config(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}from the file")

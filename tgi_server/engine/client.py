@@ -30,6 +30,7 @@ class EngineClient:
         self._reader = reader
         self._writer = writer
         self._encoder = msgspec.msgpack.Encoder()
+        self._outgoing = bytearray()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._inboxes: dict[str, asyncio.Queue[TokenEvent | UserError]] = {}
         self._status = EngineStatus(phase="starting")
@@ -120,7 +121,15 @@ class EngineClient:
         )
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(self._encoder.encode(message)))
+        """What is sent within one turn of the event loop goes out in one write, which costs as much as for one."""
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing += frame(self._encoder.encode(message))
+
+    def _flush(self) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(bytes(self._outgoing))
+        self._outgoing.clear()
 
     async def _listen(self) -> None:
         try:

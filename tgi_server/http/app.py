@@ -16,7 +16,7 @@ from tgi_server.http.generate import post_compat, post_generate, post_generate_s
 from tgi_server.http.keys import Keys, check_key
 from tgi_server.http.metrics import Metrics
 from tgi_server.http.middleware import echo_request_id, guard
-from tgi_server.http.ops import get_info, get_live, get_metrics, get_models, get_ready
+from tgi_server.http.ops import get_info, get_live, get_metrics, get_models, get_ready, get_ready_for_more
 from tgi_server.http.platforms import post_invocations, post_vertex
 from tgi_server.http.state import (
     CONFIG,
@@ -52,7 +52,7 @@ _ROUTES = (
     web.get("/", get_ready),
     web.get("/health", get_ready),
     web.get("/ping", get_ready),
-    web.get("/readyz", get_ready),
+    web.get("/readyz", get_ready_for_more),
     web.get("/livez", get_live),
     web.get("/openapi.json", get_openapi),
     web.get("/api-doc/openapi.json", get_openapi),

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from uuid import uuid4
 
 from aiohttp import web
 
@@ -16,6 +15,7 @@ from tgi_server.http.body import read_fields
 from tgi_server.http.chat_prompt import encode_chat, render_chat
 from tgi_server.http.choices import collect, generate_each
 from tgi_server.http.generation import Job, Piece, maker_of
+from tgi_server.http.ids import new_id
 from tgi_server.http.openai import (
     DONE,
     check_model,
@@ -98,7 +98,7 @@ def _parameters(
 
 def _head(query: Query, kind: str, version: str) -> dict[str, object]:
     return {
-        "id": f"chatcmpl-{uuid4().hex}",
+        "id": f"chatcmpl-{new_id()}",
         "object": kind,
         "created": int(time.time()),
         "model": query.model,

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from uuid import uuid4
 
 from aiohttp import web
 
@@ -16,6 +15,7 @@ from tgi_server.http.answers import json_response, sse_event
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect, generate_each
 from tgi_server.http.generation import Finish, Job, Piece, maker_of
+from tgi_server.http.ids import new_id
 from tgi_server.http.openai import (
     DONE,
     check_model,
@@ -188,7 +188,7 @@ def _best(query: _Query, answers: Sequence[Sequence[Piece]]) -> list[tuple[int, 
 
 def _head(query: _Query, version: str) -> dict[str, object]:
     return {
-        "id": f"cmpl-{uuid4().hex}",
+        "id": f"cmpl-{new_id()}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": query.model,

@@ -6,13 +6,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
-from uuid import uuid4
+from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from tgi_server.engine.request import FinishReason, GenerationRequest
 from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.ids import new_id
 from tgi_server.http.metrics import Turn
 from tgi_server.http.parameters import Parameters
 from tgi_server.http.state import ENGINE, TEXT, TURN, Engine
@@ -31,6 +32,12 @@ class Finish(Enum):
     @property
     def openai(self) -> str:
         return "length" if self is Finish.LENGTH else "stop"
+
+
+_FINISH: Final[dict[FinishReason | None, Finish]] = {
+    FinishReason.LENGTH: Finish.LENGTH,
+    FinishReason.EOS: Finish.EOS,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
     eos = () if parameters.ignore_eos else text.eos_token_ids
     sampling = parameters.sampling
     return GenerationRequest(
-        id=uuid4().hex,
+        id=new_id(),
         prompt_ids=job.prompt_ids,
         max_new_tokens=job.max_new_tokens,
         min_new_tokens=parameters.min_new_tokens,
@@ -114,7 +121,7 @@ async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Pi
                 shown, stopped = (
                     matcher.push(grown) if count >= job.parameters.min_new_tokens else (grown, False)
                 )
-                finish = Finish.STOP if stopped else _finish_of(ended)
+                finish = Finish.STOP if stopped else _FINISH.get(ended)
                 if finish is not None and not stopped:
                     shown += matcher.flush()
                 yield Piece(
@@ -132,7 +139,3 @@ async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Pi
                 if finish is not None:
                     return
     raise UserError(ErrorKind.INCOMPLETE, "the engine ended this answer without a reason")
-
-
-def _finish_of(reason: FinishReason | None) -> Finish | None:
-    return {FinishReason.LENGTH: Finish.LENGTH, FinishReason.EOS: Finish.EOS}.get(reason) if reason else None

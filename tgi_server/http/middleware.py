@@ -6,13 +6,13 @@ import asyncio
 import logging
 import re
 import time
-from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.answers import error_response, flavour_of
+from tgi_server.http.ids import new_id
 from tgi_server.http.metrics import GENERATING, Turn
 from tgi_server.http.state import CONFIG, FLAVOUR, LIFE, METRICS, REQUEST_ID, TURN
 
@@ -26,7 +26,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     app = request.app
     given = request.headers.get("X-Request-Id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else new_id()
     counted = request.method == "POST" and request.path in GENERATING
     turn = request[TURN] = Turn(app[METRICS], counted=counted)
     status = 0
@@ -133,4 +133,5 @@ def _from_http_exception(error: web.HTTPException, request: web.Request) -> web.
 
 def _printable(text: str) -> str:
     """Text of a client's, short and without control characters, fit for logs and messages."""
-    return "".join(char if char.isprintable() else "?" for char in text[:200])
+    text = text[:200]
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)

@@ -27,8 +27,7 @@ def check_model(config: ServerConfig, fields: Fields) -> str:
 
 def refuse_unsupported(fields: Fields) -> None:
     """Fields of features to come, by name; values that ask for nothing pass, and so do mere labels."""
-    for name in ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"):
-        fields.raw(name)
+    fields.know("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
     fields.neutral("tools", [])
     fields.neutral("tool_choice", "none", "auto")
     fields.neutral("functions", [])

@@ -105,10 +105,11 @@ def _counting() -> Json:
 
 
 def _operating(config: ServerConfig) -> Json:
-    probes = {path: _probe("Whether requests are answered") for path in ("/health", "/readyz", "/ping")}
+    probes = {path: _probe("Whether requests are answered") for path in ("/health", "/ping")}
     text = {"text/plain": {"schema": {"type": "string"}}}
     paths: Json = {
         **probes,
+        "/readyz": _probe("Whether requests are answered and the queue has room"),
         "/livez": _probe("Whether only a restart can help"),
         "/info": _get("What is served, and its limits", _json(_ref("Info"))),
         "/v1/models": _get("The models served", _json(_ref("ModelList"))),

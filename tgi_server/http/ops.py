@@ -19,6 +19,18 @@ async def get_ready(request: web.Request) -> web.Response:
     return _verdict(_why_not_ready(request.app[ENGINE], request.app[LIFE]))
 
 
+async def get_ready_for_more(request: web.Request) -> web.Response:
+    """As `get_ready`, and 503 while the queue is full: a balancer should send requests elsewhere.
+
+    `/health` does not say so: who takes it for a sign of life would restart a server that is only busy.
+    """
+    engine, most = request.app[ENGINE], request.app[CONFIG].max_queue
+    trouble = _why_not_ready(engine, request.app[LIFE])
+    if trouble is None and engine.status.waiting + engine.status.running >= most:
+        trouble = f"the queue is full: {most} requests are waiting or running"
+    return _verdict(trouble)
+
+
 async def get_live(request: web.Request) -> web.Response:
     """503 if only a restart can help: the engine is gone, or has not moved for half a minute."""
     engine = request.app[ENGINE]

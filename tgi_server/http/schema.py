@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 from urllib.parse import quote
 
 import msgspec
 
 from tgi_server.errors import ErrorKind, UserError
-
-T = TypeVar("T")
 
 INT32_MAX = 2**31 - 1
 
@@ -85,40 +83,50 @@ class Fields:
         self._known.add(name)
         return self._values.get(name) is not None
 
+    def know(self, *names: str) -> None:
+        """Fields that are labels and change nothing, whatever they hold."""
+        self._known.update(names)
+
     def raw(self, name: str) -> object:
         self._known.add(name)
         return self._values.get(name)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        return self._read(name, lambda value, path: check_integer(value, path, low, high))
+        value = self.raw(name)
+        return None if value is None else check_integer(value, self.path(name), low, high)
 
     def number(self, name: str, low: float, high: float, *, above: float | None = None) -> float | None:
         """above: the value must also be greater than this."""
-        return self._read(name, lambda value, path: check_number(value, path, low, high, above))
+        value = self.raw(name)
+        return None if value is None else check_number(value, self.path(name), low, high, above)
 
     def flag(self, name: str) -> bool | None:
-        return self._read(name, check_flag)
+        value = self.raw(name)
+        return None if value is None else check_flag(value, self.path(name))
 
     def text(self, name: str) -> str | None:
-        return self._read(name, check_text)
+        value = self.raw(name)
+        return None if value is None else check_text(value, self.path(name))
 
     def items(self, name: str, most: int) -> list[object] | None:
         """An array of at most `most` elements."""
-        return self._read(name, lambda value, path: check_items(value, path, most))
+        value = self.raw(name)
+        return None if value is None else check_items(value, self.path(name), most)
 
     def child(self, name: str) -> Fields | None:
         """The object under `name`."""
-        value = self._read(name, check_object)
+        value = self.raw(name)
         if value is None:
             return None
-        child = Fields(value, self.path(name))
+        child = Fields(check_object(value, self.path(name)), self.path(name))
         self._children.append(child)
         return child
 
     def refuse_all(self, *names: str) -> None:
         """Fields of features this server does not have: an error if one is there."""
+        self._known.update(names)
         for name in names:
-            if self.has(name):
+            if self._values.get(name) is not None:
                 self.refuse(name, "is not supported by this server yet; leave it out")
 
     def neutral(self, name: str, *neutral: object) -> None:
@@ -136,10 +144,6 @@ class Fields:
         for child in self._children:
             names += child.ignored()
         return names
-
-    def _read(self, name: str, check: Callable[[object, str], T]) -> T | None:
-        value = self.raw(name)
-        return None if value is None else check(value, self.path(name))
 
 
 def invalid(path: str, why: str) -> NoReturn:

@@ -7,11 +7,14 @@ Frames on standard input and output are a little-endian length and msgpack: firs
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import struct
 import sys
-from typing import BinaryIO, Final
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import msgspec
 
@@ -19,6 +22,11 @@ from tgi_server.errors import UserError
 from tgi_server.text.template import ChatTemplate
 
 HEADER: Final = struct.Struct("<I")
+
+_STDIN, _STDOUT = 0, 1
+_READ_BYTES = 1 << 16  # what is read ahead counts as the worker's memory
+_HELD_S = 0.002  # how long an answer waits for those of the jobs that came with it
+_LONG_BYTES = 1 << 14  # a job this long may take a while: no answer waits for it
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -34,11 +42,11 @@ class Setup(msgspec.Struct, frozen=True):
 class Job(msgspec.Struct, frozen=True):
     """The arguments of `ChatTemplate.render`."""
 
-    messages: list[dict[str, object]]
-    tools: list[dict[str, object]] = []
+    messages: Sequence[Mapping[str, object]]
+    tools: Sequence[Mapping[str, object]] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    extra: dict[str, object] = {}
+    extra: Mapping[str, object] = {}
 
 
 class Rendered(msgspec.Struct, frozen=True):
@@ -50,19 +58,65 @@ class Rendered(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    setup = msgspec.msgpack.decode(_read(source), type=Setup)
+    frames = _frames()
+    setup = msgspec.msgpack.decode(next(frames)[0], type=Setup)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
     template = ChatTemplate(setup.sources, setup.special_tokens)
-    _write(sink, Rendered())  # ready
+    answers = _Answers()
+    answers.add(Rendered())
+    answers.send()  # ready
     decoder = msgspec.msgpack.Decoder(Job)
-    while frame := _read(source):
-        # SIGALRM's default action ends the process even inside one long call into C.
-        signal.setitimer(signal.ITIMER_REAL, setup.time_s)
-        answer = _render(template, decoder.decode(frame), setup.output_chars)
+    for batch in frames:
+        for frame in batch:
+            if len(frame) > _LONG_BYTES:
+                answers.send()
+            # SIGALRM's default action ends the process even inside one long call into C.
+            signal.setitimer(signal.ITIMER_REAL, setup.time_s)
+            answers.add(_render(template, decoder.decode(frame), setup.output_chars))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _write(sink, answer)
+        answers.send()
     return 0
+
+
+class _Answers:
+    """Answers on their way out: those of jobs that came together go together, unless one of them takes its time."""
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._waiting = bytearray()
+        self._since_s = 0.0
+
+    def add(self, answer: Rendered) -> None:
+        if not self._waiting:
+            self._since_s = time.monotonic()
+        payload = self._encoder.encode(answer)
+        self._waiting += HEADER.pack(len(payload))
+        self._waiting += payload
+        if time.monotonic() - self._since_s > _HELD_S:
+            self.send()
+
+    def send(self) -> None:
+        while self._waiting:
+            del self._waiting[: os.write(_STDOUT, self._waiting)]
+
+
+def _frames() -> Iterator[list[bytes]]:
+    """Frames as they come, those of one read together; ends when the front end has hung up."""
+    waiting = bytearray()
+    while data := os.read(_STDIN, _READ_BYTES):
+        waiting += data
+        frames = []
+        at = 0
+        while len(waiting) - at >= HEADER.size:
+            (length,) = HEADER.unpack_from(waiting, at)
+            end = at + HEADER.size + length
+            if len(waiting) < end:
+                break
+            frames.append(bytes(waiting[at + HEADER.size : end]))
+            at = end
+        del waiting[:at]
+        if frames:
+            yield frames
 
 
 def _render(template: ChatTemplate, job: Job, output_chars: int) -> Rendered:
@@ -82,18 +136,6 @@ def _render(template: ChatTemplate, job: Job, output_chars: int) -> Rendered:
             error="the model's chat template needs too much memory for these messages", field="messages"
         )
     return Rendered(prompt)
-
-
-def _write(sink: BinaryIO, answer: Rendered) -> None:
-    payload = msgspec.msgpack.encode(answer)
-    sink.write(HEADER.pack(len(payload)) + payload)
-    sink.flush()
-
-
-def _read(source: BinaryIO) -> bytes:
-    """One frame; nothing when the front end has hung up."""
-    header = source.read(HEADER.size)
-    return source.read(HEADER.unpack(header)[0]) if len(header) == HEADER.size else b""
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tgi_server.errors import ErrorKind, StartupError, UserError
 
+_MAX_COMPLAINT_CHARS = 500
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -98,10 +99,15 @@ class ChatTemplate:
         ) as error:
             raise UserError(
                 ErrorKind.TEMPLATE,
-                f"the model's chat template does not accept these messages: {error}",
+                f"the model's chat template does not accept these messages: {_quoted(error)}",
                 "messages",
             ) from None
         return _cut_after_final(prompt, messages) if continue_final_message else prompt
+
+
+def _quoted(error: Exception) -> str:
+    """What a template says, which may hold anything a client sent: short, and without control characters."""
+    return "".join(char if char.isprintable() else "?" for char in str(error)[:_MAX_COMPLAINT_CHARS])
 
 
 def _join(parts: Iterable[str], most_chars: int) -> str:
