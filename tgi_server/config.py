@@ -82,8 +82,10 @@ class EngineConfig:
     num_pages: int  # of KV cache; on a GPU at most these, 0: as many as fit
     num_threads: int
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
+    queue_timeout_s: float = 0.0  # a request not begun within it ends; 0: it waits as long as it takes
     device: str = "cpu"  # or "cuda"
     dummy_weights: bool = False  # random ones, for measuring
+    cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
 
 
 @dataclass(frozen=True)

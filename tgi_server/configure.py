@@ -75,6 +75,8 @@ def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
 def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
     asked = _asked(values, folder, model)
     device = _device(str(values["device"]))
+    if device == "cuda" and values["cpu_isa"] != "auto":
+        raise StartupError(f"--cpu-isa {values['cpu_isa']} is for --device cpu; leave it out on a GPU")
     # On a GPU this is a bound: the engine counts, by the same arithmetic, when the weights are there.
     num_pages = asked.cache_tokens // PAGE_TOKENS
     if device == "cpu":
@@ -91,6 +93,9 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         max_queue=_integer(values, "max_queue"),
         num_pages=num_pages,
         num_threads=_integer(values, "num_threads") or usable_cores(),
+        target_s=_integer(values, "inter_token_target_ms") / 1000,
+        queue_timeout_s=float(str(values["queue_timeout_s"] or 0)),
+        cpu_isa=str(values["cpu_isa"]),
         device=device,
         dummy_weights=values["load_format"] == "dummy",
     )

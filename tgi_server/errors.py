@@ -20,6 +20,7 @@ class ErrorKind(Enum):
     TOO_LARGE = "too_large"  # the body is over the payload limit
     ENCODED = "encoded"  # the body is compressed
     OVERLOADED = "overloaded"  # the queue is full; trying later helps
+    WAITED = "waited"  # the request was not begun within the limit of waiting; trying later helps
     GENERATION = "generation"  # this request's computation failed; others go on
     INCOMPLETE = "incomplete"  # the answer broke off
     UNAVAILABLE = "unavailable"  # the engine is loading, draining or gone
@@ -55,6 +56,7 @@ STATUS: Final[dict[ErrorKind, dict[Flavour, tuple[int, str]]]] = {
     ErrorKind.TOO_LARGE: {Flavour.TGI: (413, "validation"), Flavour.OPENAI: (413, "invalid_request_error")},
     ErrorKind.ENCODED: {Flavour.TGI: (415, "validation"), Flavour.OPENAI: (415, "invalid_request_error")},
     ErrorKind.OVERLOADED: {Flavour.TGI: (429, "overloaded"), Flavour.OPENAI: (429, "rate_limit_error")},
+    ErrorKind.WAITED: {Flavour.TGI: (503, "timeout"), Flavour.OPENAI: (503, "timeout_error")},
     ErrorKind.GENERATION: {Flavour.TGI: (424, "generation"), Flavour.OPENAI: (500, "server_error")},
     ErrorKind.INCOMPLETE: {
         Flavour.TGI: (500, "incomplete_generation"),

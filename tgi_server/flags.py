@@ -198,6 +198,15 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "max-queue", _LIMITS, "requests waiting or running before others are answered 429", whole(1, 1 << 20), 256,
         others=("max-concurrent-requests", "max-queued-requests"),
     ),
+    Flag(
+        "queue-timeout-s", _LIMITS,
+        "seconds a request may wait to be begun, then it is answered 503; by default as long as it takes", seconds,
+    ),
+    Flag(
+        "inter-token-target-ms", _LIMITS,
+        "wished milliseconds between two tokens of a stream; prompts are read in pieces that keep it, if they can",
+        whole(1, 60_000), 100,
+    ),
     Flag("max-best-of", _LIMITS, "largest best_of of TGI's routes", whole(1, 16), 2),
     Flag("max-stop-sequences", _LIMITS, "stop strings of TGI's routes", whole(0, 64), 4),
     Flag("max-top-n-tokens", _LIMITS, "largest top_n_tokens of TGI's routes", whole(0, 20), 5),
@@ -236,6 +245,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag("device", _MACHINE, "auto: a GPU if there is one", one_of("auto", "cpu", "cuda"), "auto"),
     Flag("num-threads", _MACHINE, "threads that compute; by default one per usable core", whole(1, 1024)),
+    Flag(
+        "cpu-isa", _MACHINE, "instruction set of the CPU's kernels; auto: the best this machine has",
+        one_of("auto", "baseline", "avx2", "avx512"), "auto",
+    ),
     _ignored("validation-workers", "prompts are encoded in threads as they come"),
     _ignored("speculate", "there is no speculation yet; answers are the same without it"),
     _ignored("dtype", "GPUs compute in bfloat16 and CPUs in float32, whatever the checkpoint"),

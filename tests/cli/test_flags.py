@@ -112,7 +112,7 @@ def a_value(flag: Flag) -> str:
     for text in (
         ("0.0.0.0",)
         if flag.name == "host"
-        else ("7", "77", "dummy", "cpu", "model", "debug", "0.5", "0.0.0.0", "true", "text")
+        else ("7", "77", "dummy", "cpu", "model", "debug", "0.5", "0.0.0.0", "true", "avx2", "text")
     ):
         try:
             if flag.parse(text) != flag.default:

@@ -16,15 +16,15 @@ from tgi_server.engine.request import GenerationRequest
 VOCAB = 1000
 
 
-def next_token(tokens: list[int]) -> int:
-    return zlib.crc32(repr(tokens).encode()) % VOCAB
+def next_token(tokens: list[int], adapter: int = 0) -> int:
+    return zlib.crc32(repr((tokens, adapter)).encode()) % VOCAB
 
 
 def expected(request: GenerationRequest) -> list[int]:
     """What `request` must get, whatever else runs."""
     tokens = list(request.prompt_ids)
     while len(tokens) < len(request.prompt_ids) + request.max_new_tokens:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, request.adapter))
         if tokens[-1] in request.stop_token_ids:
             break
     return tokens[len(request.prompt_ids) :]
@@ -41,7 +41,7 @@ class FakeLaunched:
 class FakeRunner:
     def __init__(self, num_pages: int = 2000) -> None:
         self.num_pages = num_pages
-        self.cache: dict[int, int] = {}
+        self.cache: dict[int, tuple[int, int]] = {}  # by slot: token, and the adapter it went through
         self.tables: dict[int, list[int]] = {}
         self.last_ids: dict[int, int] = {}
         self.computed_tokens = 0
@@ -53,7 +53,7 @@ class FakeRunner:
             table = self.tables[work.row] = self.tables.get(work.row, [])[: work.first_page] + work.new_pages
             inputs = work.token_ids or [fed[work.row]]
             for position, token in enumerate(inputs, start=work.start):
-                self.cache[self._slot(table, position)] = token
+                self.cache[self._slot(table, position)] = token, work.adapter
         for work in plan.work:
             self.computed_tokens += work.count
             if work.samples:
@@ -65,10 +65,14 @@ class FakeRunner:
     def _sample(self, work: Work) -> list[int]:
         """One token, and one more for each guess that proves right."""
         table = self.tables[work.row]
+        end = work.start + work.count
+        cached = [self.cache[self._slot(table, i)] for i in range(end)]
+        assert all(adapter == work.adapter for _, adapter in cached), "keys and values of another adapter"
+        tokens = [token for token, _ in cached]
         ids: list[int] = []
-        for length in range(work.start + work.count - work.guessed, work.start + work.count + 1):
-            ids.append(next_token([self.cache[self._slot(table, i)] for i in range(length)]))
-            if length < work.start + work.count and self.cache[self._slot(table, length)] != ids[-1]:
+        for length in range(end - work.guessed, end + 1):
+            ids.append(next_token(tokens[:length], work.adapter))
+            if length < end and tokens[length] != ids[-1]:
                 break
         return ids
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.fake_runner import expected
 from tests.engine.test_scheduler import Rig, request
 from tgi_server.engine.scheduler import SECONDS_PER_PRIORITY
 
@@ -83,3 +85,33 @@ def test_a_flood_of_urgent_requests_delays_a_patient_one_by_a_bounded_time() -> 
     assert "patient" in rig.finishes
     # Those of its first 20 seconds go before: 60 requests at 2 a step.
     assert i <= 2 * SECONDS_PER_PRIORITY * 3 / 2 + 2
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("pages", [64, 16], ids=["no place free", "no page free"])
+def test_an_urgent_request_takes_the_place_of_the_least_urgent_one_that_runs(depth: int, pages: int) -> None:
+    rig = Rig(sequences=2 if pages == 64 else 8, pages=pages, depth=depth)
+    asked = [request(f"patient{i}", [i] * 90, new=30, priority=i) for i in range(2)]
+    for one in asked:
+        rig.scheduler.add(one)
+    for _ in range(5):
+        rig.step()
+    assert rig.scheduler.running == 2
+    asked.append(request("urgent", [7] * 90, new=3, priority=-1))
+    rig.scheduler.add(asked[-1])
+    planned = {work.id: work.epoch for work in rig.step().work}
+    assert "urgent" in planned and "patient1" not in planned, "the one of priority 1 goes"
+    rig.drain()
+    assert rig.answers == {one.id: expected(one) for one in asked}
+    assert next(iter(rig.finishes)) == "urgent"
+    assert rig.pool.available == rig.pool.total
+
+
+def test_requests_of_one_priority_never_take_each_others_place() -> None:
+    rig = Rig(sequences=2)
+    for i in range(6):
+        rig.scheduler.add(request(str(i), [i] * 20, new=10))
+        rig.step()
+    rig.drain()
+    assert rig.scheduler.counts.preemptions == 0
+    assert list(rig.finishes) == [str(i) for i in range(6)]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tgi_server.config import PAGE_TOKENS
-from tgi_server.engine.pages import PageKey, PagePool, page_key
+from tgi_server.engine.pages import PageKey, PagePool, page_key, root_key
 
-SALTS = (b"", b"another tenant")
+SALTS = (root_key("model", 0, ""), root_key("model", 0, "another tenant"), root_key("model", 1, ""))
 
 
 def keys_of(tokens: list[int], salt: PageKey) -> tuple[list[PageKey], list[list[int]]]:

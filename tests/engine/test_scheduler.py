@@ -61,10 +61,22 @@ class Rig:
 
 
 def request(
-    name: str, prompt: list[int], new: int = 5, stop: list[int] | None = None, priority: int = 0
+    name: str,
+    prompt: list[int],
+    new: int = 5,
+    stop: list[int] | None = None,
+    priority: int = 0,
+    adapter: int = 0,
+    salt: str = "",
 ) -> GenerationRequest:
     return GenerationRequest(
-        id=name, prompt_ids=prompt, max_new_tokens=new, stop_token_ids=stop or [], priority=priority
+        id=name,
+        prompt_ids=prompt,
+        max_new_tokens=new,
+        stop_token_ids=stop or [],
+        priority=priority,
+        adapter=adapter,
+        salt=salt,
     )
 
 

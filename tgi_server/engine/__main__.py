@@ -12,10 +12,11 @@ import logging
 import signal
 import socket
 import sys
+from dataclasses import replace
 
 import torch
 
-from tgi_kernels.cpu import set_num_threads
+from tgi_kernels import cpu
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
@@ -29,6 +30,8 @@ from tgi_server.models import load_model
 
 _PR_SET_PDEATHSIG = 1
 
+log = logging.getLogger(__name__)
+
 
 def main() -> int:
     # The front end may die without a word (kill -9): the kernel then ends this process too.
@@ -39,6 +42,8 @@ def main() -> int:
         config = channel.receive_config()
         channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
         on_gpu = config.device != "cpu"
+        if not on_gpu:
+            config = set_up_cpu(config)
         runner = _runner(config)
         # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
         gc.collect()
@@ -53,10 +58,26 @@ def main() -> int:
     return 0
 
 
+def set_up_cpu(config: EngineConfig) -> EngineConfig:
+    """Threads and instruction set of the kernels; the configuration with the set that was chosen.
+
+    Raises StartupError if this CPU has not the one that is asked for.
+    """
+    torch.set_num_threads(1)  # the kernels have threads of their own, which torch's would disturb
+    cpu.set_num_threads(config.num_threads)
+    if config.cpu_isa != "auto":
+        if config.cpu_isa not in cpu.available_isas():
+            raise StartupError(
+                f"--cpu-isa {config.cpu_isa}: this CPU has {', '.join(cpu.available_isas())}; choose one of them, "
+                "or leave the option out"
+            )
+        cpu.set_isa(config.cpu_isa)
+    log.info("computing on %d threads with the kernels for %s", cpu.num_threads(), cpu.isa())
+    return replace(config, cpu_isa=cpu.isa())
+
+
 def _runner(config: EngineConfig) -> Runner:
     if config.device == "cpu":
-        torch.set_num_threads(1)  # the kernels have threads of their own, which torch's would disturb
-        set_num_threads(config.num_threads)
         return CpuRunner(config)
     device, dtype = torch.device(config.device), torch.bfloat16
     model_config = ModelConfig.from_folder(config.model)

@@ -24,6 +24,7 @@ class HostBatch:
 
     token_ids: Ints  # [tokens], 0 where an earlier step sampled the id
     positions: Ints  # [tokens]
+    adapters: NDArray[np.int32]  # [tokens]: what each goes through; 0: none
     slots: Ints  # [tokens]
     page_table: NDArray[np.int32]  # [seqs, pages of the longest]
     query_starts: Ints  # [seqs + 1]
@@ -38,6 +39,7 @@ class HostBatch:
         return Batch(
             token_ids=torch.from_numpy(self.token_ids),
             positions=torch.from_numpy(self.positions.astype(np.int32)).unsqueeze(0),
+            adapters=torch.from_numpy(self.adapters),
             slots=torch.from_numpy(self.slots),
             attend=AnySequences(
                 torch.from_numpy(self.page_table),
@@ -71,6 +73,7 @@ class BatchBuilder:
         sequence_of = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(query_starts[-1]) - query_starts[sequence_of] + starts[sequence_of]
         pages = self._pages[rows[sequence_of], positions // PAGE_TOKENS].astype(np.int64)
+        adapters = np.array([work.adapter for work in plan.work], np.int32)
         last = query_starts[1:] - 1
         samples = np.array([work.samples for work in plan.work])
         fed = np.array([not work.token_ids for work in plan.work])
@@ -78,6 +81,7 @@ class BatchBuilder:
         return HostBatch(
             token_ids=_token_ids(plan),
             positions=positions,
+            adapters=adapters[sequence_of],
             slots=pages * PAGE_TOKENS + positions % PAGE_TOKENS,
             page_table=self._pages[rows, : -(-int(kv_lens.max()) // PAGE_TOKENS)],
             query_starts=query_starts,

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncGenerator
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,12 @@ from tgi_server.engine.request import (
     TokenEvent,
 )
 from tgi_server.errors import ErrorKind, UserError
+
+_FAILURES: Final = {
+    FinishReason.REJECTED: ErrorKind.OVERLOADED,
+    FinishReason.WAITED: ErrorKind.WAITED,
+    FinishReason.FAILED: ErrorKind.GENERATION,
+}
 
 
 class EngineClient:
@@ -71,7 +78,7 @@ class EngineClient:
         """Generate; the last event has `finish` set. Closing the generator early cancels the request.
 
         Raises UserError: UNAVAILABLE if the engine is not ready or ends, OVERLOADED if it refuses the request,
-        GENERATION if computing it failed.
+        WAITED if it did not begin it in time, GENERATION if computing it failed.
         """
         self._require_ready()
         inbox: asyncio.Queue[TokenEvent | UserError] = asyncio.Queue()
@@ -156,7 +163,6 @@ def _gone() -> UserError:
 
 
 def _raise_failure(event: TokenEvent) -> None:
-    if event.finish is FinishReason.REJECTED:
-        raise UserError(ErrorKind.OVERLOADED, event.error)
-    if event.finish is FinishReason.FAILED:
-        raise UserError(ErrorKind.GENERATION, event.error)
+    kind = _FAILURES.get(event.finish) if event.finish else None
+    if kind is not None:
+        raise UserError(kind, event.error)

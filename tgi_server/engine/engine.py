@@ -77,9 +77,16 @@ class Engine:
     """One scheduler and one runner behind a channel. `depth` steps may be under way while the next is planned."""
 
     def __init__(self, config: EngineConfig, runner: Runner, channel: Wire, depth: int = 0) -> None:
-        limits = Limits(config.max_batch_tokens, config.max_sequences, config.max_queue, config.target_s)
+        limits = Limits(
+            config.max_batch_tokens,
+            config.max_sequences,
+            config.max_queue,
+            config.target_s,
+            config.queue_timeout_s,
+        )
+        self._cpu_isa = config.cpu_isa if config.device == "cpu" else ""
         self._pool = PagePool(runner.num_pages)
-        self._scheduler = Scheduler(self._pool, limits, time.monotonic)
+        self._scheduler = Scheduler(self._pool, limits, time.monotonic, model=str(config.model))
         self._runner = runner
         self._channel = channel
         self._depth = depth
@@ -98,6 +105,7 @@ class Engine:
         busy = self._scheduler.running or self._scheduler.waiting or self._under_way
         for message in self._channel.receive(timeout_s=0.0 if busy else _STATUS_EVERY_S):
             self._take(message)
+        self._send(self._scheduler.expire())
         plan = self._scheduler.plan()
         if plan.work:
             if not self._under_way:
@@ -156,6 +164,7 @@ class Engine:
                 running=self._scheduler.running,
                 free_pages=self._pool.available,
                 total_pages=self._pool.total,
+                cpu_isa=self._cpu_isa,
                 **asdict(self._scheduler.counts),
                 **asdict(self._steps),
             )

@@ -18,9 +18,17 @@ PageKey = bytes
 def page_key(parent: PageKey, tokens: Sequence[int]) -> PageKey:
     """The name of a full page: its own tokens and all before them, through the parent's key.
 
-    The first page's parent is the request's salt, so requests with different salts share nothing.
+    The first page's parent is its `root_key`.
     """
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def root_key(model: str, adapter: int, salt: str) -> PageKey:
+    """The parent of first pages: requests that differ in model, adapter or salt share nothing."""
+    # Lengths go first, so that no two triples run together to the same bytes.
+    fields = (model.encode(), adapter.to_bytes(8, "little"), salt.encode())
+    framed = b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+    return hashlib.blake2b(framed, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,14 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def match(self, keys: Sequence[PageKey], tokens: Sequence[Sequence[int]], salt: PageKey) -> list[int]:
+    def match(self, keys: Sequence[PageKey], tokens: Sequence[Sequence[int]], root: PageKey) -> list[int]:
         """Pages that hold the longest indexed prefix, each with a reference taken.
 
-        keys[i] names tokens[i] in its context; tokens are compared too, so a collision of hashes is harmless.
+        keys[i] names tokens[i] in its context, the first of them below `root`; tokens are compared too, so a
+        collision of hashes is harmless.
         """
         found: list[int] = []
-        parent = salt
+        parent = root
         for key, own in zip(keys, tokens, strict=True):
             entry = self._index.get(key)
             if entry is None or entry.parent != parent or entry.tokens != tuple(own):

@@ -45,6 +45,7 @@ class Work(msgspec.Struct, array_like=True, gc=False):
     first_page: int
     new_pages: list[int]
     samples: bool  # its last position yields a new token
+    adapter: int = 0  # what its tokens go through; 0: none
     asked: Asked | None = None  # with the first work of a sequence and after each preemption
     top_logprobs: int = 0  # likeliest tokens to report beside each one drawn or scored
     guessed: int = (

@@ -15,6 +15,7 @@ class FinishReason(Enum):
     EOS = "eos"
     FAILED = "failed"  # this request's computation failed; `TokenEvent.error` says how
     REJECTED = "rejected"  # the queue is full
+    WAITED = "waited"  # not begun within the limit of waiting
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -63,6 +64,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate
     top_logprobs: int = 0  # likeliest tokens to report beside each drawn one
     prompt_logprobs: bool = False  # report those of prompt_ids[1:], with the first token
     priority: int = 0  # smaller is more urgent; -100 … 100
+    adapter: int = 0  # index of the adapter that every token goes through; 0: none
+    salt: str = ""  # cached prefixes are found only by requests of the same salt (and adapter)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -77,7 +80,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     id: str
     token_ids: list[int] = []
     logprobs: list[float] = []  # of the raw logits, one per token
-    finish: FinishReason | None = None  # comes with the last token, or alone when FAILED or REJECTED
+    finish: FinishReason | None = None  # comes with the last token, or alone with an `error`
     error: str = ""
     top: list[list[tuple[int, float]]] = []  # per token: the likeliest (id, logprob), best first
     prompt_logprobs: list[float] = []  # of prompt_ids[1:]; with the first token
@@ -102,6 +105,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     free_pages: int = 0
     total_pages: int = 0
     detail: str = ""
+    cpu_isa: str = ""  # the instruction set of the kernels on a CPU
     # Counted since the engine started, for `/metrics`.
     prompt_tokens: int = 0  # of prompts begun
     prefix_hit_tokens: int = 0  # of those, found in the cache

@@ -11,13 +11,14 @@ gets the page next writes after.
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.budget import TokenBudget
-from tgi_server.engine.pages import PagePool
+from tgi_server.engine.pages import PagePool, root_key
 from tgi_server.engine.plan import Plan, Sampled, Work
 from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tgi_server.engine.sequence import Sequence, pages_for
@@ -35,6 +36,7 @@ class Limits:
     max_sequences: int
     max_queue: int  # requests waiting or running
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
+    queue_timeout_s: float = 0.0  # a request not begun within it ends; 0: it waits as long as it takes
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < self.max_sequences:
@@ -67,8 +69,16 @@ class Scheduler:
     """Continuous batching over a paged cache, oldest first."""
 
     def __init__(
-        self, pool: PagePool, limits: Limits, clock: Callable[[], float], guess: Guess = no_guess
+        self,
+        pool: PagePool,
+        limits: Limits,
+        clock: Callable[[], float],
+        guess: Guess = no_guess,
+        *,
+        model: str = "",
     ) -> None:
+        """clock: seconds, monotonic. model: whose keys and values the pool holds."""
+        self._model = model
         self._pool = pool
         self._guess = guess
         self._limits = limits
@@ -76,6 +86,7 @@ class Scheduler:
         self._budget = TokenBudget(limits.target_s, limits.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by key
+        self._unbegun: deque[str] = deque()  # ids by arrival; those begun or gone are dropped when met
         self._running: list[Sequence] = []  # by key
         self._rows = list(range(limits.max_sequences - 1, -1, -1))
         self.counts = Counts()
@@ -92,24 +103,28 @@ class Scheduler:
     def add(self, request: GenerationRequest) -> TokenEvent | None:
         """Queue a request; the event that refuses it if it cannot be taken."""
         if len(self._sequences) >= self._limits.max_queue:
-            return _refusal(
-                request, f"{len(self._sequences)} requests are queued or running, the limit; try again later"
-            )
+            full = f"{len(self._sequences)} requests are queued or running, the limit; try again later"
+            return _end(request, FinishReason.REJECTED, full)
         if request.id in self._sequences:
-            return _refusal(request, f"request id {request.id!r} is already in use")
+            used = f"request id {request.id!r} is already in use"
+            return _end(request, FinishReason.REJECTED, used)
         longest = len(request.prompt_ids) + request.max_new_tokens - 1  # the last token is never computed
         if pages_for(longest) > self._pool.total:
-            return _refusal(
+            return _end(
                 request,
+                FinishReason.REJECTED,
                 f"{longest} tokens need {pages_for(longest)} pages of the cache, which has {self._pool.total}; "
                 "ask for fewer tokens",
             )
         now = self._clock()
         self._added += 1
         key = (now + request.priority * SECONDS_PER_PRIORITY, self._added)
-        sequence = Sequence(request, key, arrived_s=now, tokens=list(request.prompt_ids))
+        root = root_key(self._model, request.adapter, request.salt)
+        sequence = Sequence(request, key, root, arrived_s=now, tokens=list(request.prompt_ids))
         self._sequences[request.id] = sequence
         insort(self._waiting, sequence, key=_key)
+        if self._limits.queue_timeout_s:
+            self._unbegun.append(request.id)
         return None
 
     def cancel(self, request_id: str) -> None:
@@ -118,8 +133,27 @@ class Scheduler:
         if sequence is not None:
             self._drop(sequence)
 
+    def expire(self) -> list[TokenEvent]:
+        """End the requests that have waited longer than they may for their first step; they hold no page yet."""
+        limit_s = self._limits.queue_timeout_s
+        events = []
+        while self._unbegun:
+            oldest = self._sequences.get(self._unbegun[0])
+            if oldest is not None and oldest.queued_s is None:
+                waited_s = self._clock() - oldest.arrived_s
+                if waited_s <= limit_s:
+                    break
+                self._drop(oldest)
+                message = (
+                    f"not begun within {waited_s:.1f} s, and {limit_s:g} s are the most; try again later"
+                )
+                events.append(_end(oldest.request, FinishReason.WAITED, message))
+            self._unbegun.popleft()
+        return events
+
     def plan(self) -> Plan:
         """Choose the next step. Oldest first; sequences that decode come before any prefill chunk."""
+        self._make_room()
         decodes: list[Work] = []
         chunks: list[Work] = []
         decoding = sum(1 for sequence in self._running if sequence.wanted == 1)
@@ -181,7 +215,7 @@ class Scheduler:
             sequence = self._sequences.get(work.id)
             if sequence is not None:
                 self._drop(sequence)
-                events.append(TokenEvent(work.id, finish=FinishReason.FAILED, error=message))
+                events.append(_end(sequence.request, FinishReason.FAILED, message))
         return events
 
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
@@ -214,6 +248,7 @@ class Scheduler:
             first_page=first_page,
             new_pages=sequence.pages[first_page:],
             samples=samples,
+            adapter=sequence.request.adapter,
             asked=asked,
             top_logprobs=sequence.request.top_logprobs,
             guessed=len(guesses),
@@ -232,6 +267,21 @@ class Scheduler:
                 return False
         sequence.pages += pages
         return True
+
+    def _make_room(self) -> None:
+        """Preempt running sequences, the least urgent first, for a waiting one that is more urgent than they are.
+
+        Before any work is planned: pages change hands between steps, never within one.
+        """
+        while self._waiting and self._running and self._waiting[0].key < self._running[-1].key:
+            urgent = self._waiting[0]
+            found = self._cached_prefix(urgent)
+            missing = pages_for(len(urgent.tokens)) - len(found)
+            fits = bool(self._rows) and missing <= self._pool.available
+            self._pool.release(reversed(found))
+            if fits:
+                return
+            self._preempt(self._running[-1])
 
     def _admit(self) -> Sequence | None:
         """Move the first waiting sequence to the running ones if its known tokens fit."""
@@ -262,7 +312,7 @@ class Scheduler:
             return []  # the logprobs of a prompt need all of it computed
         full = (len(sequence.tokens) - 1) // PAGE_TOKENS
         keys = [sequence.key_of_page(i) for i in range(full)]
-        return self._pool.match(keys, [sequence.page_tokens(i) for i in range(full)], sequence.salt)
+        return self._pool.match(keys, [sequence.page_tokens(i) for i in range(full)], sequence.root)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages and row; it waits, with its age, to be recomputed."""
@@ -322,5 +372,5 @@ class Scheduler:
             sequence.published += 1
 
 
-def _refusal(request: GenerationRequest, message: str) -> TokenEvent:
-    return TokenEvent(request.id, finish=FinishReason.REJECTED, error=message)
+def _end(request: GenerationRequest, reason: FinishReason, message: str) -> TokenEvent:
+    return TokenEvent(request.id, finish=reason, error=message)

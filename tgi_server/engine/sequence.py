@@ -22,6 +22,7 @@ class Sequence:
 
     request: GenerationRequest
     key: tuple[float, int]  # smaller runs first; no two are equal
+    root: PageKey  # the parent of its first page
     arrived_s: float
     tokens: list[int]
     computed: int = 0
@@ -73,10 +74,6 @@ class Sequence:
         self.prompt_logprobs += result.prompt_logprobs[known:]
         self.prompt_top += result.prompt_top[known:]
 
-    @property
-    def salt(self) -> PageKey:
-        return b""
-
     def key_of_page(self, index: int) -> PageKey:
         """The prefix-index key of full page `index`; all its tokens must be known."""
         while len(self._keys) <= index:
@@ -87,7 +84,7 @@ class Sequence:
         return self._keys[index]
 
     def parent_of_page(self, index: int) -> PageKey:
-        return self._keys[index - 1] if index else self.salt
+        return self._keys[index - 1] if index else self.root
 
     def page_tokens(self, index: int) -> list[int]:
         return self.tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]

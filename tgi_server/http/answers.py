@@ -9,7 +9,7 @@ from aiohttp import web
 
 from tgi_server.errors import ErrorKind, Flavour, UserError, body_of, status_of
 
-_RETRY_AFTER_S = {ErrorKind.OVERLOADED: "1", ErrorKind.UNAVAILABLE: "5"}
+_RETRY_AFTER_S = {ErrorKind.OVERLOADED: "1", ErrorKind.WAITED: "5", ErrorKind.UNAVAILABLE: "5"}
 
 encode_json = msgspec.json.Encoder().encode
 

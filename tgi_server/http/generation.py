@@ -16,7 +16,7 @@ from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.ids import new_id
 from tgi_server.http.metrics import Turn
 from tgi_server.http.parameters import Parameters
-from tgi_server.http.state import ENGINE, TEXT, TURN, Engine
+from tgi_server.http.state import ENGINE, TENANT, TEXT, TURN, Engine
 from tgi_server.text.incremental import CONTEXT_TOKENS, incremental_decoder
 from tgi_server.text.stop import StopMatcher
 from tgi_server.text.text import Text
@@ -65,8 +65,11 @@ class Piece:
     queued_s: float | None = None  # with the first piece
 
 
-def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
-    """What the engine gets to see of a job, for the answer with number `choice`."""
+def make_request(job: Job, text: Text, choice: int = 0, tenant: str = "") -> GenerationRequest:
+    """What the engine gets to see of a job, for the answer with number `choice`.
+
+    tenant: who asks. Nobody else's requests find its prompts in the cache, but those that know its `cache_salt`.
+    """
     parameters = job.parameters
     eos = () if parameters.ignore_eos else text.eos_token_ids
     sampling = parameters.sampling
@@ -80,7 +83,15 @@ def make_request(job: Job, text: Text, choice: int = 0) -> GenerationRequest:
         top_logprobs=parameters.top_logprobs,
         prompt_logprobs=parameters.prompt_logprobs,
         priority=parameters.priority,
+        salt=_salt(parameters.cache_salt, tenant),
     )
+
+
+def _salt(asked: str, tenant: str) -> str:
+    """Prefixes keep a tenant's name from being sent as a `cache_salt`."""
+    if asked:
+        return f"salt:{asked}"
+    return f"key:{tenant}" if tenant else ""
 
 
 @dataclass(frozen=True)
@@ -90,10 +101,11 @@ class Maker:
     engine: Engine
     text: Text
     turn: Turn
+    tenant: str = ""
 
 
 def maker_of(request: web.Request) -> Maker:
-    return Maker(request.app[ENGINE], request.app[TEXT], request[TURN])
+    return Maker(request.app[ENGINE], request.app[TEXT], request[TURN], request.get(TENANT, ""))
 
 
 async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Piece, None]:
@@ -105,7 +117,7 @@ async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Pi
     decoder = incremental_decoder(tokenizer, job.prompt_ids[-CONTEXT_TOKENS:])
     matcher = StopMatcher(job.parameters.stops, keep=job.parameters.keep_stop)
     count = 0
-    request = make_request(job, maker.text, choice)
+    request = make_request(job, maker.text, choice, maker.tenant)
     answer = maker.turn.answer(request)
     async with aclosing(maker.engine.submit(request)) as events:
         async for event in events:

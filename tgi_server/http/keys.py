@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from tgi_server.errors import ErrorKind, UserError
+from tgi_server.http.state import TENANT
 
 
 class Access(IntEnum):
@@ -59,6 +60,10 @@ class Keys:
     def needed(self) -> bool:
         return bool(self._digests)
 
+    def tenant(self, key: str) -> str:
+        """A name for whoever has `key` that does not give it away."""
+        return _digest(key).hex()
+
     def access(self, key: str) -> Access:
         """What `key` is good for; OPEN if it is none of ours."""
         digest = _digest(key)
@@ -76,7 +81,7 @@ def check_key(keys: Keys, access: Mapping[tuple[str, str], Access] = ACCESS) -> 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if keys.needed:
-            _require(keys, _needed(request, access), request)
+            request[TENANT] = _require(keys, _needed(request, access), request)
         return await handler(request)
 
     return check
@@ -90,9 +95,10 @@ def _needed(request: web.Request, access: Mapping[tuple[str, str], Access]) -> A
     return access.get((method, resource.canonical), Access.ADMIN)
 
 
-def _require(keys: Keys, needed: Access, request: web.Request) -> None:
+def _require(keys: Keys, needed: Access, request: web.Request) -> str:
+    """The tenant whose key the request bears; empty for a route that is open to all."""
     if needed is Access.OPEN:
-        return
+        return ""
     sent = request.headers.getall("Authorization", [])
     scheme, _, key = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
     granted = keys.access(key.strip()) if scheme.lower() == "bearer" else Access.OPEN
@@ -100,6 +106,7 @@ def _require(keys: Keys, needed: Access, request: web.Request) -> None:
         raise UserError(ErrorKind.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
     if granted < needed:
         raise UserError(ErrorKind.FORBIDDEN, "this route needs an administrator's key")
+    return keys.tenant(key.strip())
 
 
 def _digest(key: str) -> bytes:

@@ -30,6 +30,7 @@ GENERATING = frozenset(
 _DURATIONS_S = geometric(0.00015, 1.5, 35)  # TGI's
 _FAILURES = {
     ErrorKind.OVERLOADED: "overloaded",
+    ErrorKind.WAITED: "timeout",
     ErrorKind.GENERATION: "generation",
     ErrorKind.INCOMPLETE: "incomplete",
     ErrorKind.TEMPLATE: "template",
@@ -38,7 +39,7 @@ _FAILURES = {
     ErrorKind.UNAUTHORIZED: "unauthorized",
     ErrorKind.FORBIDDEN: "unauthorized",
 }
-_REJECTIONS = (ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE)
+_REJECTIONS = (ErrorKind.OVERLOADED, ErrorKind.WAITED, ErrorKind.UNAVAILABLE)
 
 
 class Metrics:
@@ -63,7 +64,7 @@ class Metrics:
         self.aborts = Counter("tgi_request_aborts_total", "Requests whose client left before the end.")
         self.rejections = Counter(
             "tgi_request_rejections_total",
-            "Requests refused because the queue was full or the engine not ready.",
+            "Requests refused: the queue was full, the wait too long, or the engine not ready.",
             "reason",
             sorted(_FAILURES[kind] for kind in _REJECTIONS),
         )

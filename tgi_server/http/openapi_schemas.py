@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tgi_server.config import ServerConfig
-from tgi_server.http.parameters import MAX_CHOICES, MAX_OPENAI_STOPS, MAX_OPENAI_TOP_TOKENS, MAX_PRIORITY
+from tgi_server.http.parameters import (
+    MAX_CHOICES,
+    MAX_OPENAI_STOPS,
+    MAX_OPENAI_TOP_TOKENS,
+    MAX_PRIORITY,
+    MAX_SALT_CHARS,
+)
 from tgi_server.http.prompt import most_input_tokens
 from tgi_server.http.schema import INT32_MAX
 
@@ -14,6 +20,7 @@ Json = dict[str, Any]
 _TEXT: Final[Json] = {"type": "string"}
 _FLAG: Final[Json] = {"type": "boolean"}
 _ID: Final[Json] = {"type": "integer", "minimum": 0}
+_SALT: Final[Json] = {"type": "string", "minLength": 1, "maxLength": MAX_SALT_CHARS}
 _LOGPROB: Final[Json] = {"type": "number", "maximum": 0}
 
 
@@ -63,6 +70,7 @@ def _tgi_requests(config: ServerConfig) -> dict[str, Json]:
     parameters = _body(
         (),
         best_of=_whole(1, config.max_best_of),
+        cache_salt=_SALT,
         decoder_input_details=_FLAG,
         details=_FLAG,
         do_sample=_FLAG,
@@ -104,6 +112,7 @@ def _openai_fields() -> dict[str, Json]:
     """What both of OpenAI's generating endpoints read."""
     return {
         "model": _TEXT,
+        "cache_salt": _SALT,
         "frequency_penalty": _number(-2, 2),
         "ignore_eos": _FLAG,
         "include_stop_str_in_output": _FLAG,

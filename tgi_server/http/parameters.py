@@ -13,6 +13,7 @@ from tgi_server.http.schema import INT32_MAX, Fields, check_integer, check_numbe
 MAX_CHOICES = 16
 MAX_OPENAI_STOPS = 64
 MAX_OPENAI_TOP_TOKENS = 20
+MAX_SALT_CHARS = 256
 
 _MAX_STOP_CHARS = 8192  # of all stop strings together: the matcher keeps a state for each character
 _MAX_BIASES = 1024
@@ -39,6 +40,9 @@ class Parameters:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     priority: int = 0  # smaller is more urgent
+    cache_salt: str = (
+        ""  # who sends the same may find each other's prompts in the cache; empty: who has the same key
+    )
 
     @property
     def greedy(self) -> bool:
@@ -120,6 +124,7 @@ def read_tgi(fields: Fields | None, honoured: frozenset[str], config: ServerConf
         top_logprobs=top,
         prompt_logprobs=asked.flag("decoder_input_details", "prompt_logprobs"),
         priority=_priority(fields),
+        cache_salt=_cache_salt(fields),
     )
 
 
@@ -190,6 +195,7 @@ def read_openai(
         ignore_eos=fields.flag("ignore_eos") is True,
         choices=asked.integer("n", "choice", 1, MAX_CHOICES, 1),
         priority=_priority(fields),
+        cache_salt=_cache_salt(fields),
     )
 
 
@@ -200,6 +206,17 @@ def refuse_unhonoured(fields: Fields, name: str, attribute: str, honoured: froze
 
 def _priority(fields: Fields) -> int:
     return fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY) or 0
+
+
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.text("cache_salt")
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        fields.refuse(
+            "cache_salt", f"has {len(salt)} characters; give 1 to {MAX_SALT_CHARS}, or leave it out"
+        )
+    return salt
 
 
 def _seed(given: int | None) -> int:

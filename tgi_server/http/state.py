@@ -57,6 +57,7 @@ class Life:
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 TURN: Final = web.RequestKey("turn", Turn)
+TENANT: Final = web.RequestKey("tenant", str)  # whose key it bears; absent on a server without keys
 FLAVOUR: Final = web.RequestKey("flavour", Flavour)  # set by handlers of routes that speak several
 CONFIG: Final = web.AppKey("config", ServerConfig)
 ENGINE: Final = web.AppKey("engine", Engine)

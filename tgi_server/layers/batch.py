@@ -31,3 +31,4 @@ class Batch:
     slots: Tensor  # [tokens] int64
     attend: Attend
     logit_rows: Tensor  # [rows] int64: the tokens whose logits are wanted
+    adapters: Tensor | None = None  # [tokens] int32: what each goes through, 0 for none; None: none of them
