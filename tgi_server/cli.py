@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -68,6 +69,8 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
     model = given.pop("given_model", None)
     if model is not None:
         given.setdefault("model_id", model)
+    # A model may take an hour to come, and process 1 of a container is deaf to signals it has no handler for.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         values, warnings = resolve(given, os.environ, launcher=launcher)
         if values["env"]:
@@ -77,13 +80,22 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.
 def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+    from tgi_server.listening import take_addresses  # noqa: PLC0415
+
+    ports = (values["port"], values["prometheus_port"])
+    port, metrics_port = (value if isinstance(value, int) else None for value in ports)
+    addresses = take_addresses(str(values["host"]), port or 0, metrics_port)
     from tgi_server.service import serve  # noqa: PLC0415
 
-    return serve(values, warnings)
+    return serve(values, warnings, addresses)
 
 
 def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:

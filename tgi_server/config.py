@@ -84,6 +84,8 @@ class EngineConfig:
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
     device: str = "cpu"  # or "cuda"
     dummy_weights: bool = False  # random ones, for measuring
+    log_level: str = "info"
+    log_as_json: bool = False
 
 
 @dataclass(frozen=True)
