@@ -76,7 +76,8 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
         if values["env"]:
             print(_environment_report(), flush=True)
         _prepare(values)
-        return command({**values, "device_memory": given.get("device_memory")}, warnings)
+        extra = {name: os.environ.get(name.upper()) for name in ("cuda_visible_devices",)}
+        return command({**values, **extra, "device_memory": given.get("device_memory")}, warnings)
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

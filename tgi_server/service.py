@@ -13,7 +13,7 @@ import uvloop
 from aiohttp import web
 
 from tgi_server.config import EngineConfig, ServerConfig
-from tgi_server.configure import configurations
+from tgi_server.configure import check_checkpoint, configurations
 from tgi_server.engine.launch import EngineProcess, start_engine
 from tgi_server.engine.request import honoured_on
 from tgi_server.errors import StartupError
@@ -41,6 +41,7 @@ def serve(values: Mapping[str, object], warnings: Sequence[str], addresses: Addr
         for line in warnings:
             log.warning("%s", line)
         server, engine = configurations(values)
+        check_checkpoint(values, engine)
         text = Text.from_folder(
             server.model, tokenizer_config=server.tokenizer_config, chat_template=server.chat_template
         )
