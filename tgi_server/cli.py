@@ -7,7 +7,8 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 
 from tgi_server.completion import COMMANDS, SCRIPTS
@@ -69,8 +70,6 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
     model = given.pop("given_model", None)
     if model is not None:
         given.setdefault("model_id", model)
-    # A model may take an hour to come, and process 1 of a container is deaf to signals it has no handler for.
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         values, warnings = resolve(given, os.environ, launcher=launcher)
         if values["env"]:
@@ -81,10 +80,6 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.
@@ -96,7 +91,8 @@ def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
     addresses = take_addresses(str(values["host"]), port or 0, metrics_port)
     from tgi_server.service import serve  # noqa: PLC0415
 
-    return serve(values, warnings, addresses)
+    with _ended_by_signals():
+        return serve(values, warnings, addresses)
 
 
 def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
@@ -116,8 +112,24 @@ def _download(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
     from tgi_server.checkpoint.hub import model_folder  # noqa: PLC0415
 
     revision = values["revision"]
-    print(model_folder(str(values["model_id"]), str(revision) if revision else None))
+    with _ended_by_signals():
+        print(model_folder(str(values["model_id"]), str(revision) if revision else None))
     return 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While a model is fetched: the Hub's threads would be waited for, which may take an hour.
+
+    Process 1 of a container is deaf to signals without a handler; a service that runs has handlers of its own.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _frame: os._exit(128 + number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 _COMMANDS: Mapping[str, Command] = {"serve": _serve, "plan": _plan, "download": _download}

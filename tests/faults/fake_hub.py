@@ -106,7 +106,10 @@ class Hub:
                 assert request.transport is not None
                 request.transport.close()
                 return
-            await response.write(data[at : at + _PIECE_BYTES])
+            try:
+                await response.write(data[at : at + _PIECE_BYTES])
+            except ConnectionError:  # the client was killed
+                return
             self.sent[owner] = self.sent.get(owner, 0) + len(data[at : at + _PIECE_BYTES])
             if owner == "slow":
                 await asyncio.sleep(2.0 * _PIECE_BYTES / len(WEIGHTS))
@@ -129,6 +132,8 @@ def running_hub() -> Iterator[Hub]:
         ready.set()
         await stopped.wait()
         await runner.cleanup()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # what still sends slowly
 
     stopped = asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
