@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +75,19 @@ class Server:
 
 
 @contextmanager
-def running_server(*options: str, model: Path = DEMO) -> Iterator[Server]:
-    """Start `tgi-server serve` on a free port and wait for its ready line."""
+def running_server(
+    *options: str,
+    model: Path = DEMO,
+    prefix: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """Start `tgi-server serve` on a free port and wait for its ready line.
+
+    prefix: a command that becomes the server, such as `prlimit --nofile=256 --`. environment: instead of ours.
+    """
     assert (model / "config.json").exists(), f"{model} is missing; `make test` fetches it"
     command = [
+        *prefix,
         sys.executable,
         "-m",
         "tgi_server.cli",
@@ -92,7 +101,7 @@ def running_server(*options: str, model: Path = DEMO) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env=environment)
         with _ended(process, log_file):
             yield Server(process, _ready_url(process), log_file)
 

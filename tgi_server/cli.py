@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 
 from tgi_server.completion import COMMANDS, SCRIPTS
@@ -73,7 +75,8 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
         if values["env"]:
             print(_environment_report(), flush=True)
         _prepare(values)
-        return command({**values, "device_memory": given.get("device_memory")}, warnings)
+        extra = {name: os.environ.get(name.upper()) for name in ("cuda_visible_devices",)}
+        return command({**values, **extra, "device_memory": given.get("device_memory")}, warnings)
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -81,9 +84,15 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.
 def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+    from tgi_server.listening import take_addresses  # noqa: PLC0415
+
+    ports = (values["port"], values["prometheus_port"])
+    port, metrics_port = (value if isinstance(value, int) else None for value in ports)
+    addresses = take_addresses(str(values["host"]), port or 0, metrics_port)
     from tgi_server.service import serve  # noqa: PLC0415
 
-    return serve(values, warnings)
+    with _ended_by_signals():
+        return serve(values, warnings, addresses)
 
 
 def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
@@ -103,8 +112,24 @@ def _download(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
     from tgi_server.checkpoint.hub import model_folder  # noqa: PLC0415
 
     revision = values["revision"]
-    print(model_folder(str(values["model_id"]), str(revision) if revision else None))
+    with _ended_by_signals():
+        print(model_folder(str(values["model_id"]), str(revision) if revision else None))
     return 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While a model is fetched: the Hub's threads would be waited for, which may take an hour.
+
+    Process 1 of a container is deaf to signals without a handler; a service that runs has handlers of its own.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _frame: os._exit(128 + number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 _COMMANDS: Mapping[str, Command] = {"serve": _serve, "plan": _plan, "download": _download}

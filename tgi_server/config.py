@@ -50,22 +50,32 @@ class ModelConfig:
         # transformers 5 moved rope_theta and the scaling into one table, older configs have two keys.
         rope = _table(config, "rope_parameters") or _table(config, "rope_scaling")
         theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        vocab = _integer(config, "vocab_size")
+        kv_heads = _integer(config, "num_key_value_heads", heads)
+        if config.get("head_dim") is None and hidden % heads:
+            raise StartupError(
+                f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no "
+                "head_dim"
+            )
+        if heads % kv_heads:
+            raise StartupError(
+                f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         return cls(
             model_type=str(config.get("model_type", "")),
-            vocab_size=_integer(config, "vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=_integer(config, "intermediate_size"),
             num_layers=_integer(config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_integer(config, "num_key_value_heads", heads),
+            num_kv_heads=kv_heads,
             head_dim=_integer(config, "head_dim", hidden // heads),
             max_positions=_integer(config, "max_position_embeddings"),
             norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=_number({"rope_theta": theta}, "rope_theta"),
             tie_embeddings=config.get("tie_word_embeddings", False) is True,
             rope_scaling=rope,
-            eos_token_ids=_ids(eos),
+            eos_token_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id")), vocab),
             raw=config,
         )
 
@@ -86,6 +96,8 @@ class EngineConfig:
     device: str = "cpu"  # or "cuda"
     dummy_weights: bool = False  # random ones, for measuring
     cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
+    log_level: str = "info"
+    log_as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +137,10 @@ def _read_json(path: Path) -> dict[str, object]:
         raise StartupError(
             f"{path} does not exist; give a folder that holds a Hugging Face checkpoint"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(value, dict):
         raise StartupError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
@@ -155,8 +169,10 @@ def _table(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value
 
 
-def _ids(value: object) -> tuple[int, ...]:
+def _ids(value: object, vocab_size: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise StartupError(f"eos_token_id is {value!r}; a token id or a list of them is needed")
+    if max(ids, default=0) >= vocab_size:
+        raise StartupError(f"eos_token_id is {value!r}, but config.json's vocab_size is {vocab_size}")
     return tuple(ids)

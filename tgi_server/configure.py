@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import tgi_kernels
-from tgi_server.checkpoint.headers import stored_types
+from tgi_server.checkpoint.headers import check_files, check_layers, stored_types
 from tgi_server.checkpoint.hub import model_folder
+from tgi_server.checkpoint.verify import verify
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
 from tgi_server.errors import StartupError
 from tgi_server.memory import usable_cores, usable_memory_bytes
@@ -51,7 +53,7 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
         )
     asked, stored = _asked(values, folder, model), stored_types(folder)
     wanted = str(values["device"])
-    on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted) == "cuda"
+    on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted, values) == "cuda"
     memory_bytes = device_memory_bytes or (_free_gpu_bytes() if on_gpu else usable_memory_bytes())
     degrees = [ranks for ranks in DEGREES if can_split(model, ranks)] if on_gpu else [1]
     return [plan_memory(model, stored, asked, memory_bytes, on_gpu=on_gpu, ranks=ranks) for ranks in degrees]
@@ -72,9 +74,31 @@ def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
     )
 
 
+def check_checkpoint(values: Values, engine: EngineConfig) -> None:
+    """That the model's files are there and whole, before a process is started to load them.
+
+    Raises StartupError naming the file that is not.
+    """
+    if engine.dummy_weights:
+        return
+    check_layers(check_files(engine.model), ModelConfig.from_folder(engine.model).num_layers)
+    if values["verify"] is True:
+        began = time.monotonic()
+        done = verify(engine.model, usable_cores())
+        seconds = time.monotonic() - began
+        log.info(
+            "%d files, %.2f GB, are what their checksums say; %.1f s",
+            done.files,
+            done.size_bytes / 1e9,
+            seconds,
+        )
+        if done.unknown:
+            log.warning("no checksum is known of %s", ", ".join(done.unknown))
+
+
 def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
     asked = _asked(values, folder, model)
-    device = _device(str(values["device"]))
+    device = _device(str(values["device"]), values)
     if device == "cuda" and values["cpu_isa"] != "auto":
         raise StartupError(f"--cpu-isa {values['cpu_isa']} is for --device cpu; leave it out on a GPU")
     # On a GPU this is a bound: the engine counts, by the same arithmetic, when the weights are there.
@@ -98,6 +122,8 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         cpu_isa=str(values["cpu_isa"]),
         device=device,
         dummy_weights=values["load_format"] == "dummy",
+        log_level=str(values["log_level"]),
+        log_as_json=values["json_output"] is True,
     )
 
 
@@ -139,8 +165,16 @@ def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -
     )
 
 
-def _device(wanted: str) -> str:
-    """Where to compute; a GPU counts if its driver is there and its kernels were built."""
+def _device(wanted: str, values: Values) -> str:
+    """Where to compute; a GPU counts if its driver is there, its kernels were built and it is not hidden."""
+    visible = values.get("cuda_visible_devices")
+    # CUDA itself stops at the first entry it does not know: nothing, or -1, are the usual ways to hide all.
+    if visible is not None and str(visible).split(",", maxsplit=1)[0].strip() in ("", "-1"):
+        if wanted == "cuda":
+            raise StartupError(
+                f"--device cuda: CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU; unset it"
+            )
+        return "cpu"
     built = (Path(tgi_kernels.__file__).parent / "_cuda.so").exists()
     driver = Path("/dev/nvidiactl").exists()
     if wanted == "cuda" and not (built and driver):

@@ -49,7 +49,8 @@ class Flag:
 
 
 _VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
-    "config": ("TGI_CONFIG",),  # CONFIG is too common a name
+    "config": ("TGI_CONFIG",),  # CONFIG is too common a name, as is VERIFY
+    "verify": ("TGI_VERIFY",),
     "api-key": ("API_KEY", "VLLM_API_KEY"),
     "host": ("HOST", "HOSTNAME"),
     "huggingface-hub-cache": (),  # the Hub's library reads it, and its newer name, by itself
@@ -171,6 +172,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         boolean, False, is_switch=True,
     ),
     Flag("huggingface-hub-cache", _MODEL, "folder for models from the Hub", others=("download-dir",)),
+    Flag(
+        "verify", _MODEL, "compare all files with the Hub's checksums, or those of a file SHA256SUMS, before loading",
+        boolean, False, is_switch=True,
+    ),
     Flag(
         "load-format", _MODEL, "dummy: random weights, to measure", one_of("auto", "dummy"), "auto"
     ),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,8 @@ _LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO
 def logging_to_stderr(level: str, *, as_json: bool) -> Iterator[None]:
     """Log to standard error while inside. Lines that nobody reads are dropped once many wait."""
     lines: queue.Queue[str | None] = queue.Queue(_BACKLOG_LINES)
-    writer = threading.Thread(target=_write, args=(lines,), name="log", daemon=True)
+    # Straight to the descriptor: a thread stuck in sys.stderr would hold its lock, which the interpreter's end needs.
+    writer = threading.Thread(target=_Writer(2).run, args=(lines,), name="log", daemon=True)
     writer.start()
     handler = _Handler(lines)
     handler.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
@@ -35,6 +37,11 @@ def logging_to_stderr(level: str, *, as_json: bool) -> Iterator[None]:
         with suppress(queue.Full):
             lines.put_nowait(None)
             writer.join(_LAST_LINES_S)
+
+
+def announce(text: str) -> None:
+    """Write to standard output, in a thread that may be stuck for ever if nobody reads it."""
+    threading.Thread(target=_Writer(1).write, args=(text,), name="announce", daemon=True).start()
 
 
 class _Handler(logging.Handler):
@@ -67,13 +74,31 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def _write(lines: queue.Queue[str | None]) -> None:
-    # Straight to the descriptor: a thread stuck in sys.stderr would hold its lock, which the interpreter's end needs.
-    descriptor = 2
-    while (line := lines.get()) is not None:
-        left = (line + "\n").encode("utf-8", "backslashreplace")
+class _Writer:
+    """Writes lines whole, or leaves them out: a disk may be full for a while, and then have room again."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._is_torn = False  # the last line was written in part
+
+    def run(self, lines: queue.Queue[str | None]) -> None:
+        while (line := lines.get()) is not None:
+            self.write(line)
+
+    def write(self, line: str) -> None:
+        left = ("\n" * self._is_torn + line + "\n").encode("utf-8", "backslashreplace")
+        whole = len(left)
         try:
             while left:
-                left = left[os.write(descriptor, left) :]
-        except OSError:  # nobody will ever read it
-            return
+                left = left[self._write_some(left) :]
+        except OSError:  # no room, or nobody will ever read it; the service goes on
+            self._is_torn = self._is_torn or len(left) < whole
+        else:
+            self._is_torn = False
+
+    def _write_some(self, data: bytes) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:  # whoever shares the descriptor made it non-blocking
+            select.select([], [self._descriptor], [])
+            return 0

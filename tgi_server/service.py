@@ -13,7 +13,7 @@ import uvloop
 from aiohttp import web
 
 from tgi_server.config import EngineConfig, ServerConfig
-from tgi_server.configure import configurations
+from tgi_server.configure import check_checkpoint, configurations
 from tgi_server.engine.launch import EngineProcess, start_engine
 from tgi_server.engine.request import honoured_on
 from tgi_server.errors import StartupError
@@ -21,36 +21,43 @@ from tgi_server.http.app import make_app
 from tgi_server.http.ops import make_metrics_app
 from tgi_server.http.state import LIFE, METRICS, RENDERER
 from tgi_server.http.transport import make_runner
-from tgi_server.logs import logging_to_stderr
-from tgi_server.text.text import Text
+from tgi_server.listening import Addresses, why_not
+from tgi_server.logs import announce, logging_to_stderr
+from tgi_server.text.text import Text, doubts
 
 _LAST_WORDS_S = 1.0  # how long clients get to read why their answers broke off
 _LOOK_EVERY_S = 0.02
 # Connections the kernel keeps until they are accepted. One more, and a client tries again only after a second.
 _BACKLOG = 4096
-_FEW_FILES = 4096
+_OWN_DESCRIPTORS = 32  # that the process needs beside those of clients
 
 log = logging.getLogger("tgi_server")
 
 
-def serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+def serve(values: Mapping[str, object], warnings: Sequence[str], addresses: Addresses) -> int:
     """Serve until told to stop; the exit status: 0, or 1 if the engine ended, or 128 + the signal of an abort.
 
-    Raises StartupError if the options do not fit the model or the machine.
+    addresses: bound, not listening yet. Raises StartupError if the options do not fit the model or the machine.
     """
     with logging_to_stderr(str(values["log_level"]), as_json=values["json_output"] is True):
         for line in warnings:
             log.warning("%s", line)
         server, engine = configurations(values)
+        check_checkpoint(values, engine)
         text = Text.from_folder(
             server.model, tokenizer_config=server.tokenizer_config, chat_template=server.chat_template
         )
-        return uvloop.run(_Service(server, engine, text).run())
+        for line in doubts(text):
+            log.warning("%s", line)
+        return uvloop.run(_Service(server, engine, text, addresses).run())
 
 
 class _Service:
-    def __init__(self, config: ServerConfig, engine_config: EngineConfig, text: Text) -> None:
+    def __init__(
+        self, config: ServerConfig, engine_config: EngineConfig, text: Text, addresses: Addresses
+    ) -> None:
         self._config = config
+        self._addresses = addresses
         self._engine_config = engine_config
         self._text = text
         self._signals: list[int] = []
@@ -60,10 +67,10 @@ class _Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signals.append, number)
-        loop.add_signal_handler(
-            signal.SIGHUP, log.info, "SIGHUP changes nothing; restart to read new options"
-        )
-        _allow_many_connections()
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            said = f"{signal.Signals(number).name} changes nothing; restart to read new options"
+            loop.add_signal_handler(number, log.info, said)
+        _allow_many_connections(self._config.max_queue)
         engine = await start_engine(self._engine_config)
         honoured = honoured_on(self._engine_config.device)
         app = make_app(self._config, engine.client, self._text, honoured=honoured)
@@ -79,23 +86,17 @@ class _Service:
             await engine.stop()
 
     async def _listen(self, runners: Sequence[web.AppRunner]) -> None:
-        ports = (self._config.port, self._config.prometheus_port or 0)
-        for runner, port, tls in zip(runners, ports, (self._tls, None), strict=False):
+        groups = (self._addresses.service, self._addresses.metrics)
+        for runner, sockets, tls in zip(runners, groups, (self._tls, None), strict=False):
             await runner.setup()
-            site = web.TCPSite(
-                runner,
-                self._config.host,
-                port,
-                shutdown_timeout=_LAST_WORDS_S,
-                ssl_context=tls,
-                backlog=_BACKLOG,
-            )
-            try:
-                await site.start()
-            except OSError as error:
-                raise StartupError(
-                    f"cannot listen on {self._config.host}:{port}: {error.strerror}; choose another port or host"
-                ) from None
+            for bound in sockets:
+                try:
+                    await web.SockSite(
+                        runner, bound, shutdown_timeout=_LAST_WORDS_S, ssl_context=tls, backlog=_BACKLOG
+                    ).start()
+                except OSError as error:  # somebody who had bound it, too, was faster
+                    host, port = bound.getsockname()[:2]
+                    raise why_not(host, port, "port", error) from None
 
     async def _until_end(self, engine: EngineProcess, app: web.Application, runner: web.AppRunner) -> int:
         """Announce readiness; serve until a signal or the engine's end; let running requests finish."""
@@ -104,7 +105,7 @@ class _Service:
         announcing.cancel()
         if not engine.ended.done():
             await self._drain(engine, app)
-        if engine.ended.done():
+        if engine.ended.done() and not (self._signals and not app[METRICS].active):
             log.error("%s; the service ends", engine.client.status.detail)
             await asyncio.sleep(_LAST_WORDS_S)
             return 1
@@ -134,20 +135,22 @@ class _Service:
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'https' if self._tls else 'http'}://{host}:{address[1]}"
         body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
-        print(
+        announce(
             f"{self._config.model_id} is ready on {url}\nTry: curl {url}/v1/chat/completions "
-            f"-H 'Content-Type: application/json' -d '{body}'",
-            flush=True,
+            f"-H 'Content-Type: application/json' -d '{body}'"
         )
 
 
-def _allow_many_connections() -> None:
+def _allow_many_connections(max_queue: int) -> None:
     """Each takes a file descriptor, and the usual soft limit of 1024 is meant for programs that use select."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.info("at most %d files and connections may be open at a time", hard)
-    if hard < _FEW_FILES:
-        log.warning("that is not many; `ulimit -Hn %d` before the start allows more", _FEW_FILES)
+    if hard != resource.RLIM_INFINITY and hard < max_queue + _OWN_DESCRIPTORS:
+        log.warning(
+            "the limit of open files is %d: more than %d clients at once will be turned away, though --max-queue is "
+            "%d; raise it (ulimit -n)", hard, max(0, hard - _OWN_DESCRIPTORS), max_queue,
+        )  # fmt: skip
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tgi_server.checkpoint.safetensors import INDEX_FILE, Checkpoint
+from tgi_server.checkpoint.headers import INDEX_FILE
+from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.errors import StartupError
 
 TENSORS = {

@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -31,7 +31,7 @@ def model_folder(model_id: str, revision: str | None = None, *, only_config: boo
     or when the Hub cannot be reached and nothing is cached.
     """
     folder = Path(model_id).expanduser()
-    if folder.is_dir():
+    if _is_folder(folder):
         if revision not in (None, "main"):
             raise StartupError(
                 f"{model_id} is a local folder: it has no revision {revision}; leave --revision out"
@@ -62,12 +62,40 @@ def model_folder(model_id: str, revision: str | None = None, *, only_config: boo
         ) from None
     except HFValidationError as error:
         raise StartupError(f"{model_id} is no Hub id: {error}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _TROUBLE_WITH_THE_DISK:
-            raise StartupError(
-                f"{model_id} could not be stored: {error}; mend that, or choose a folder with --huggingface-hub-cache"
-            ) from None
-        raise StartupError(
-            f"{model_id} could not be downloaded ({type(error).__name__}), and no complete copy is cached; check the "
-            "network, or give a local folder"
-        ) from None
+    except Exception as error:  # the library lets its HTTP client's own errors through, whichever that is
+        raise StartupError(_why_not(model_id, error)) from None
+
+
+def _is_folder(path: Path) -> bool:
+    """Raises StartupError for a path that the file system does not take, such as one that is too long."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(f"{str(path)[:100]!r} cannot be a folder: {why}") from None
+
+
+def _why_not(model_id: str, error: BaseException) -> str:
+    """What kept a download from being completed, and what to do; the cause may lie under several errors."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for one in chain:
+        if isinstance(one, OSError) and one.errno in _TROUBLE_WITH_THE_DISK:
+            return f"{model_id} could not be stored: {one}; mend that, or choose a folder with --huggingface-hub-cache"
+        if isinstance(one, OfflineModeIsEnabled):
+            return f"{model_id} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset that, or fetch it"
+        status = one.response.status_code if isinstance(one, HfHubHTTPError) else 0
+        if status == 429:
+            return (
+                f"{model_id} could not be downloaded: the Hub answers 429, too many requests; wait some minutes, or "
+                "give a token in HF_TOKEN, which allows more"
+            )
+        if status >= 400:
+            return f"{model_id} could not be downloaded: the Hub answers {status}; try again later"
+    return (
+        f"{model_id} could not be downloaded ({type(chain[-1]).__name__}), and no complete copy is cached; check the "
+        "network and start again: files that are complete are kept. Or give a local folder"
+    )

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tgi_server.checkpoint.headers import INDEX_FILE, read_header, tensor_files
 from tgi_server.errors import StartupError
-
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Checkpoint:
@@ -29,7 +25,7 @@ class Checkpoint:
         self.folder = folder
         # safe_open has no public class to name: it is what the library returns for a file.
         self._file_of: dict[str, Any] = {}
-        for path, promised in _files(folder).items():
+        for path, promised in tensor_files(folder).items():
             file = _open(path)
             held = set(file.keys())
             if missing := promised - held:
@@ -83,53 +79,8 @@ class Checkpoint:
             ) from None
 
 
-def _files(folder: Path) -> dict[Path, set[str]]:
-    """The files to open and the tensors each must hold; none named: all that it holds."""
-    if not folder.is_dir():
-        raise StartupError(f"{folder} is no folder; give one that holds {SINGLE_FILE} and config.json")
-    if (folder / SINGLE_FILE).exists():
-        return {folder / SINGLE_FILE: set()}
-    if (folder / INDEX_FILE).exists():
-        return _shards(folder)
-    others = sorted(path.name for path in folder.iterdir())
-    if pickles := [name for name in others if name.endswith(PICKLE_SUFFIXES)]:
-        raise StartupError(
-            f"{folder} holds {', '.join(pickles[:3])} and no safetensors; such files can run code when "
-            "they are read. Convert them where they are trusted: load with transformers, then save_pretrained"
-        )
-    if ggufs := [name for name in others if name.endswith(".gguf")]:
-        raise StartupError(
-            f"{folder} holds {ggufs[0]} and no safetensors; convert it: "
-            f"python -m tgi_server.checkpoint.gguf {folder / ggufs[0]} NEW_FOLDER"
-        )
-    raise StartupError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; its files: {others[:8]}")
-
-
-def _shards(folder: Path) -> dict[Path, set[str]]:
-    path = folder / INDEX_FILE
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{path} is not JSON ({error}); fetch it again") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise StartupError(f"{path} has no weight_map of tensors to files; fetch it again")
-    shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        # A bare name cannot leave the folder; links inside it, as the Hub's cache makes them, are followed.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise StartupError(
-                f"{path} puts {name} into {file!r}; the bare name of a .safetensors file is needed"
-            )
-        shards.setdefault(folder / file, set()).add(name)
-    if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise StartupError(
-            f"{folder} lacks {len(missing)} of {len(shards)} shards, {missing[0]} among them; fetch it"
-        )
-    return shards
-
-
 def _open(path: Path) -> Any:
+    read_header(path)  # says more than the library of what is wrong, and where
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -26,9 +26,11 @@ from tgi_server.engine.gpu_runner import GpuRunner
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.errors import StartupError
+from tgi_server.logs import logging_to_stderr
 from tgi_server.models import load_model
 
 _PR_SET_PDEATHSIG = 1
+_NOT_FOR_US = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +38,42 @@ log = logging.getLogger(__name__)
 def main() -> int:
     # The front end may die without a word (kill -9): the kernel then ends this process too.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    # Service managers signal every process of a service. The front end then lets requests finish and hangs up; that
+    # is this process's sign to end.
+    for number in _NOT_FOR_US:
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=sys.stdin.fileno()))
     try:
         config = channel.receive_config()
-        channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
-        on_gpu = config.device != "cpu"
-        if not on_gpu:
-            config = set_up_cpu(config)
-        runner = _runner(config)
-        # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
-        gc.collect()
-        gc.freeze()
-        # While the GPU computes a step the next one is planned; a CPU has nothing to overlap.
-        Engine(config, runner, channel, depth=1 if on_gpu else 0).run()
+        with logging_to_stderr(config.log_level, as_json=config.log_as_json):
+            return _serve(config, channel)
     except PeerGone:
         return 0
+
+
+def _serve(config: EngineConfig, channel: Channel) -> int:
+    """Load the model and compute until the front end is gone (PeerGone); 1 if the model cannot be loaded."""
+    channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
+    try:
+        if config.device == "cpu":
+            config = set_up_cpu(config)
+        runner = _runner(config)
     except StartupError as error:
         channel.send(EngineStatus(phase="failed", detail=str(error)))
         return 1
+    except (
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the device's memory is full, a file cannot be read
+        log.exception("loading failed")
+        channel.send(EngineStatus(phase="failed", detail=f"the model cannot be loaded: {error}"))
+        return 1
+    # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
+    gc.collect()
+    gc.freeze()
+    # While the GPU computes a step the next one is planned; a CPU has nothing to overlap.
+    Engine(config, runner, channel, depth=0 if config.device == "cpu" else 1).run()
     return 0
 
 
@@ -79,6 +98,11 @@ def set_up_cpu(config: EngineConfig) -> EngineConfig:
 def _runner(config: EngineConfig) -> Runner:
     if config.device == "cpu":
         return CpuRunner(config)
+    if not torch.cuda.is_available():
+        raise StartupError(
+            "CUDA finds no GPU it can use; CUDA_VISIBLE_DEVICES may name one that is not here, or the driver is too "
+            f"old for CUDA {torch.version.cuda}. Mend that, or choose --device cpu"
+        )
     device, dtype = torch.device(config.device), torch.bfloat16
     model_config = ModelConfig.from_folder(config.model)
     weights = (

@@ -11,7 +11,15 @@ from typing import Protocol
 from tgi_server.config import EngineConfig
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.request import Cancel, EngineStatus, FromEngine, StepEvents, ToEngine, TokenEvent
+from tgi_server.engine.request import (
+    Cancel,
+    EngineStatus,
+    FinishReason,
+    FromEngine,
+    StepEvents,
+    ToEngine,
+    TokenEvent,
+)
 from tgi_server.engine.scheduler import Limits, Scheduler
 
 _STATUS_EVERY_S = 0.5
@@ -138,7 +146,11 @@ class Engine:
         began, self._step_began = self._step_began, time.monotonic()
         seconds = self._step_began - began
         self._steps.done(plan, seconds)
-        self._send(self._scheduler.commit(plan, sampled, seconds))
+        events = self._scheduler.commit(plan, sampled, seconds)
+        for event in events:
+            if event.finish is FinishReason.FAILED:
+                log.error("request %s failed: %s", event.id, event.error)
+        self._send(events)
 
     def _fail(self, plan: Plan) -> None:
         """One bad step must not take the others with it: its requests end, the loop goes on."""

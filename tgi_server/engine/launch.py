@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,9 @@ class EngineProcess:
     ended: asyncio.Future[int]  # its exit status; negative: the signal
 
     async def stop(self, timeout_s: float = 5.0) -> None:
-        """Hang up and wait; kill it if it does not end."""
+        """Hang up and wait; kill it if it does not end, or is loading and would notice only after that."""
+        if not self.client.ready and not self.ended.done():
+            self.process.kill()
         await self.client.close()
         await asyncio.wait({self.ended}, timeout=timeout_s)
         if not self.ended.done():
@@ -59,8 +62,27 @@ def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Fu
         loop.remove_reader(pidfd)
         os.close(pidfd)
         status = process.wait()
-        client.mark_dead(f"the engine process ended with status {status}")
+        client.mark_dead(f"the engine process {_end_of(status)}")
         ended.set_result(status)
 
     loop.add_reader(pidfd, on_end)
     return ended
+
+
+# What the kernel ends a process with, and what it then usually was.
+_CAUSES = {
+    signal.SIGKILL: "the machine or the control group may be out of memory",
+    signal.SIGBUS: "a file of the checkpoint was cut short while it was read",
+}
+
+
+def _end_of(status: int) -> str:
+    """In words; a negative status is the signal's number, negated."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        number = signal.Signals(-status)
+    except ValueError:
+        return f"was ended by signal {-status}"
+    cause = f": {_CAUSES[number]}" if number in _CAUSES else ""
+    return f"was ended by {number.name}{cause}"

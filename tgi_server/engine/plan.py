@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from tgi_server.engine.request import Sampling
@@ -80,3 +82,8 @@ class Sampled(msgspec.Struct, array_like=True, gc=False):
     top: list[list[tuple[int, float]]] = []  # for each token the likeliest (id, logprob), if asked for
     prompt_logprobs: list[float] = []  # of the work's `scored`
     prompt_top: list[list[tuple[int, float]]] = []
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the logits were: a NaN or an infinity among them makes a logprob NaN, and that their sum."""
+        return not math.isnan(sum(self.logprobs) + sum(self.prompt_logprobs))

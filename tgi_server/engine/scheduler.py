@@ -192,6 +192,10 @@ class Scheduler:
             sequence = self._sequences.get(work.id)
             if sequence is None:
                 continue  # cancelled or finished since
+            if result is not None and not result.is_number:
+                self._drop(sequence)
+                events.append(TokenEvent(work.id, finish=FinishReason.FAILED, error=_NOT_A_NUMBER))
+                continue
             if sequence.epoch == work.epoch:
                 sequence.computed = work.start + work.count
                 if work.guessed and result is not None:
@@ -370,6 +374,12 @@ class Scheduler:
                 sequence.pages[index], key, sequence.parent_of_page(index), sequence.page_tokens(index)
             )
             sequence.published += 1
+
+
+_NOT_A_NUMBER = (
+    "the model computed values that are no numbers (NaN or infinite) for this request; its weights may be damaged, "
+    "or its values too large for the type they are computed in"
+)
 
 
 def _end(request: GenerationRequest, reason: FinishReason, message: str) -> TokenEvent:

@@ -29,8 +29,10 @@ def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dt
     """
     load = ARCHITECTURES.get(config.model_type)
     if load is None:
+        own_code = "; code of its own (auto_map) is never run, --trust-remote-code changes nothing"
         raise StartupError(
             f"{checkpoint.folder}: model_type is {config.model_type!r}; served are {', '.join(ARCHITECTURES)}"
+            + (own_code if config.raw.get("auto_map") else "")
         )
     if quantisation := config.raw.get("quantization_config"):
         raise StartupError(

@@ -40,3 +40,19 @@ class Text:
             eos_token_ids=model.eos_token_ids,
             vocab_size=model.vocab_size,
         )
+
+
+def doubts(text: Text) -> list[str]:
+    """What is odd about a checkpoint's language, though it can be served: lines of warning."""
+    lines = []
+    if text.tokenizer.vocab_size > text.vocab_size:
+        lines.append(
+            f"the tokenizer has {text.tokenizer.vocab_size} tokens, the model {text.vocab_size}: prompts with tokens "
+            f"from {text.vocab_size} on are refused; the two may belong to different models"
+        )
+    if not text.eos_token_ids:
+        lines.append(
+            "neither generation_config.json nor config.json names an eos_token_id: answers end at max_tokens or a "
+            "stop string only"
+        )
+    return lines
