@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 
+from tgi_server.bench.options import add_options
 from tgi_server.completion import COMMANDS, SCRIPTS
 from tgi_server.errors import StartupError
 from tgi_server.flags import memory_size
 from tgi_server.options import add_flags, resolve
 
-Command = Callable[[Mapping[str, object], Sequence[str]], int]
+Values = Mapping[str, object]
+# What the command line said, the values of all options, lines of warning; the exit status.
+Command = Callable[[Values, Values, Sequence[str]], int]
 
 _EPILOG = (
     "Every option may also be given as an environment variable (--max-total-tokens as MAX_TOTAL_TOKENS) and in the "
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for name, text in COMMANDS.items()
     }
-    for name in ("serve", "plan", "download"):
+    for name in ("serve", "plan", "bench", "download"):
         parsers[name].epilog = _EPILOG
         parsers[name].usage = f"tgi-server {name} [MODEL] [OPTION ...]"
         parsers[name].add_argument("given_model", nargs="?", metavar="MODEL", help="same as --model-id")
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="memory of a GPU that need not be here, such as 80GiB; by default what is free here. "
         "The exit status is 1 if one device is not enough",
     )  # fmt: skip
+    add_options(parsers["bench"])
     parsers["completion"].add_argument("shell", choices=sorted(SCRIPTS))
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
@@ -73,24 +77,26 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
         if values["env"]:
             print(_environment_report(), flush=True)
         _prepare(values)
-        return command({**values, "device_memory": given.get("device_memory")}, warnings)
+        return command(given, values, warnings)
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.
-def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+def _serve(_given: Values, values: Values, warnings: Sequence[str]) -> int:
     from tgi_server.service import serve  # noqa: PLC0415
 
+    _require_model(values)
     return serve(values, warnings)
 
 
-def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+def _plan(given: Values, values: Values, _warnings: Sequence[str]) -> int:
     from tgi_server.configure import memory_plans  # noqa: PLC0415
     from tgi_server.memory_plan import advice, table  # noqa: PLC0415
 
-    size = values["device_memory"]
+    _require_model(values)
+    size = given.get("device_memory")
     plans = memory_plans(values, size if isinstance(size, int) else None)
     print(table(plans))
     lines = advice(plans)
@@ -99,21 +105,36 @@ def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
     return 0 if plans[0].fits else 1
 
 
-def _download(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+def _bench(given: Values, values: Values, _warnings: Sequence[str]) -> int:
+    from tgi_server.bench.command import bench  # noqa: PLC0415
+
+    return bench(given, values)
+
+
+def _download(_given: Values, values: Values, _warnings: Sequence[str]) -> int:
     from tgi_server.checkpoint.hub import model_folder  # noqa: PLC0415
 
+    _require_model(values)
     revision = values["revision"]
     print(model_folder(str(values["model_id"]), str(revision) if revision else None))
     return 0
 
 
-_COMMANDS: Mapping[str, Command] = {"serve": _serve, "plan": _plan, "download": _download}
+_COMMANDS: Mapping[str, Command] = {
+    "serve": _serve,
+    "plan": _plan,
+    "bench": _bench,
+    "download": _download,
+}
 
 
-def _prepare(values: Mapping[str, object]) -> None:
+def _prepare(values: Values) -> None:
     cache = values["huggingface_hub_cache"]
     if cache:
         os.environ["HF_HUB_CACHE"] = str(cache)  # the Hub's library reads it when it is imported
+
+
+def _require_model(values: Values) -> None:
     if not values["model_id"]:
         raise StartupError("which model? Give a folder or a Hub id as --model-id")
 
