@@ -112,6 +112,8 @@ def a_value(flag: Flag) -> str:
     for text in (
         ("0.0.0.0",)
         if flag.name == "host"
+        else ("http://127.0.0.1:4317",)
+        if flag.name == "otlp-endpoint"
         else ("7", "77", "dummy", "cpu", "model", "debug", "0.5", "0.0.0.0", "true", "text")
     ):
         try:
