@@ -19,7 +19,7 @@ ENV PATH=/opt/tgi/bin:$PATH
 WORKDIR /build
 COPY . .
 # torch is there already: the build takes its headers instead of downloading it a second time.
-RUN TGI_CUDA_ARCHS="${ARCHS}" pip install --no-cache-dir .
+RUN TGI_CUDA_ARCHS="${ARCHS}" pip install --no-cache-dir ".[otel]"
 
 FROM ubuntu:24.04
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 \

@@ -9,6 +9,7 @@ python -m benchmarks.frontend
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import psutil
@@ -118,6 +120,9 @@ def measure(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    out: Path = parser.parse_args().out
     report = Report(device_name(), csrc_sha256())
 
     def add(case: str, count: int, taken: tuple[float, float], unit: str, goals: dict[str, float]) -> None:
@@ -160,7 +165,7 @@ def main() -> None:
                 f"{path} streamed", STREAMS * ROUNDS * STREAM_TOKENS, taken, "tokens/s",
                 {"pass": 20_000, "goal": 30_000},
             )  # fmt: skip
-    report.write(ROOT / "benchmarks" / "results" / report.device / "frontend.jsonl")
+    report.write(out / report.device / "frontend.jsonl")
     print(report.table())
 
 

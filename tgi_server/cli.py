@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
+from tgi_server.bench.options import add_options
 from tgi_server.completion import COMMANDS, SCRIPTS
 from tgi_server.errors import StartupError
 from tgi_server.flags import memory_size
 from tgi_server.options import add_flags, resolve
 
-Command = Callable[[Mapping[str, object], Sequence[str]], int]
+Values = Mapping[str, object]
+# What the command line said, the values of all options, lines of warning; the exit status.
+Command = Callable[[Values, Values, Sequence[str]], int]
 
 _EPILOG = (
     "Every option may also be given as an environment variable (--max-total-tokens as MAX_TOTAL_TOKENS) and in the "
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for name, text in COMMANDS.items()
     }
-    for name in ("serve", "plan", "download"):
+    for name in ("serve", "plan", "bench", "download"):
         parsers[name].epilog = _EPILOG
         parsers[name].usage = f"tgi-server {name} [MODEL] [OPTION ...]"
         parsers[name].add_argument("given_model", nargs="?", metavar="MODEL", help="same as --model-id")
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="memory of a GPU that need not be here, such as 80GiB; by default what is free here. "
         "The exit status is 1 if one device is not enough",
     )  # fmt: skip
+    add_options(parsers["bench"])
     parsers["completion"].add_argument("shell", choices=sorted(SCRIPTS))
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
@@ -76,16 +80,17 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
             print(_environment_report(), flush=True)
         _prepare(values)
         extra = {name: os.environ.get(name.upper()) for name in ("cuda_visible_devices",)}
-        return command({**values, **extra, "device_memory": given.get("device_memory")}, warnings)
+        return command(given, {**values, **extra}, warnings)
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.
-def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
+def _serve(_given: Values, values: Values, warnings: Sequence[str]) -> int:
     from tgi_server.listening import take_addresses  # noqa: PLC0415
 
+    _require_model(values)
     ports = (values["port"], values["prometheus_port"])
     port, metrics_port = (value if isinstance(value, int) else None for value in ports)
     addresses = take_addresses(str(values["host"]), port or 0, metrics_port)
@@ -95,11 +100,12 @@ def _serve(values: Mapping[str, object], warnings: Sequence[str]) -> int:
         return serve(values, warnings, addresses)
 
 
-def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+def _plan(given: Values, values: Values, _warnings: Sequence[str]) -> int:
     from tgi_server.configure import memory_plans  # noqa: PLC0415
     from tgi_server.memory_plan import advice, table  # noqa: PLC0415
 
-    size = values["device_memory"]
+    _require_model(values)
+    size = given.get("device_memory")
     plans = memory_plans(values, size if isinstance(size, int) else None)
     print(table(plans))
     lines = advice(plans)
@@ -108,9 +114,16 @@ def _plan(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
     return 0 if plans[0].fits else 1
 
 
-def _download(values: Mapping[str, object], _warnings: Sequence[str]) -> int:
+def _bench(given: Values, values: Values, _warnings: Sequence[str]) -> int:
+    from tgi_server.bench.command import bench  # noqa: PLC0415
+
+    return bench(given, values)
+
+
+def _download(_given: Values, values: Values, _warnings: Sequence[str]) -> int:
     from tgi_server.checkpoint.hub import model_folder  # noqa: PLC0415
 
+    _require_model(values)
     revision = values["revision"]
     with _ended_by_signals():
         print(model_folder(str(values["model_id"]), str(revision) if revision else None))
@@ -132,13 +145,21 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_COMMANDS: Mapping[str, Command] = {"serve": _serve, "plan": _plan, "download": _download}
+_COMMANDS: Mapping[str, Command] = {
+    "serve": _serve,
+    "plan": _plan,
+    "bench": _bench,
+    "download": _download,
+}
 
 
-def _prepare(values: Mapping[str, object]) -> None:
+def _prepare(values: Values) -> None:
     cache = values["huggingface_hub_cache"]
     if cache:
         os.environ["HF_HUB_CACHE"] = str(cache)  # the Hub's library reads it when it is imported
+
+
+def _require_model(values: Values) -> None:
     if not values["model_id"]:
         raise StartupError("which model? Give a folder or a Hub id as --model-id")
 

@@ -10,6 +10,7 @@ from tgi_server.flags import FLAGS, Effect, Flag
 COMMANDS: Final[Mapping[str, str]] = {
     "serve": "serve a model over HTTP",
     "plan": "show what a model takes of memory, without loading it",
+    "bench": "measure prefill and decode at several batch sizes",
     "download": "fetch a model from the Hub",
     "completion": "print a script that completes commands and options",
 }

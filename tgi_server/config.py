@@ -124,6 +124,8 @@ class ServerConfig:
     tokenizer_config: Path | None = None  # read instead of the model's
     prometheus_port: int | None = None  # where `/metrics` is, open to all; None: beside the other routes
     cors_allow_origin: tuple[str, ...] = ()  # origins whose pages may call; "*" is any
+    otlp_endpoint: str | None = None  # where traces go; None: none are made
+    otlp_service_name: str = "tgi-server"
     ssl_certfile: Path | None = None  # PEM, with its chain; TLS if given
     ssl_keyfile: Path | None = None
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # for fields a request leaves out

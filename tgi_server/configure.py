@@ -154,6 +154,8 @@ def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -
         parse_special_in_content=values["parse_special_in_content"] is True,
         prometheus_port=None if values["prometheus_port"] is None else _integer(values, "prometheus_port"),
         cors_allow_origin=_texts(values, "cors_allow_origin"),
+        otlp_endpoint=_text(values, "otlp_endpoint"),
+        otlp_service_name=str(values["otlp_service_name"]),
         ssl_certfile=_path(values, "ssl_certfile"),
         ssl_keyfile=_path(values, "ssl_keyfile"),
         chat_template=_path(values, "chat_template"),

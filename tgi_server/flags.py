@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
+from urllib.parse import urlsplit
 
 
 class Effect(Enum):
@@ -53,6 +54,8 @@ _VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
     "verify": ("TGI_VERIFY",),
     "api-key": ("API_KEY", "VLLM_API_KEY"),
     "host": ("HOST", "HOSTNAME"),
+    "otlp-endpoint": ("OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    "otlp-service-name": ("OTLP_SERVICE_NAME", "OTEL_SERVICE_NAME"),
     "huggingface-hub-cache": (),  # the Hub's library reads it, and its newer name, by itself
 }
 
@@ -123,6 +126,18 @@ def address(text: str) -> str:
     is_ip = bool(text) and all(char in "0123456789abcdefABCDEF.:" for char in text) and not text.isalnum()
     if not is_ip and text != "localhost":
         raise argparse.ArgumentTypeError(f"{text!r} is no address, such as 127.0.0.1, 0.0.0.0 or ::")
+    return text
+
+
+def collector(text: str) -> str:
+    """The URL of a collector of traces."""
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"{text!r} is no collector's URL, such as http://127.0.0.1:4317")
     return text
 
 
@@ -245,6 +260,15 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag("json-output", _LOGS, "log lines are JSON objects", boolean, False, is_switch=True),
     Flag("log-level", _LOGS, "error, warn, info or debug", log_level, "info", good=log_level),
     Flag(
+        "otlp-endpoint", _LOGS,
+        "OpenTelemetry collector that gets traces: http://HOST:4317 speaks gRPC, http://HOST:4318 HTTP",
+        collector,
+    ),
+    Flag(
+        "otlp-service-name", _LOGS, "what traces say the service is called", default="tgi-server",
+        launcher_default="text-generation-inference.router",
+    ),
+    Flag(
         "env", _LOGS, "print the versions of what is installed before starting", boolean, False,
         is_switch=True, others=("-e",), good=boolean,
     ),
@@ -268,8 +292,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _ignored(
         "cuda-memory-fraction", "a reserve is left by itself", "gpu-memory-utilization", "mem-fraction-static"
     ),
-    _ignored("otlp-endpoint", "traces are not sent yet"),
-    _ignored("otlp-service-name", "traces are not sent yet"),
     _ignored("watermark-gamma", "a watermark favours half of the vocabulary, as by TGI's default"),
     _ignored("watermark-delta", "a watermark adds 2.0 to logits, as by TGI's default"),
     _ignored("ngrok-authtoken", "there is no tunnel"),

@@ -58,9 +58,17 @@ class _PlainFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """A message is one line whatever is in it: a client's text cannot forge another line or move the cursor."""
+        record.message = "".join(
+            char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+            for char in record.message
+        )
+        return super().formatMessage(record)
+
 
 class _JsonFormatter(logging.Formatter):
-    """An object a line; control characters are escaped by JSON itself."""
+    """An object a line, in ASCII: terminals know control characters that JSON itself does not escape."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -71,7 +79,7 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)
 
 
 class _Writer:

@@ -17,8 +17,9 @@ from tgi_server.configure import check_checkpoint, configurations
 from tgi_server.engine.launch import EngineProcess, start_engine
 from tgi_server.engine.request import honoured_on
 from tgi_server.errors import StartupError
-from tgi_server.http.app import make_app
+from tgi_server.http.app import make_app, package_version
 from tgi_server.http.ops import make_metrics_app
+from tgi_server.http.spans import Tracer
 from tgi_server.http.state import LIFE, METRICS, RENDERER
 from tgi_server.http.transport import make_runner
 from tgi_server.listening import Addresses, why_not
@@ -62,6 +63,7 @@ class _Service:
         self._text = text
         self._signals: list[int] = []
         self._tls = _tls(config)
+        self._tracer = _tracer(config)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -73,7 +75,7 @@ class _Service:
         _allow_many_connections(self._config.max_queue)
         engine = await start_engine(self._engine_config)
         honoured = honoured_on(self._engine_config.device)
-        app = make_app(self._config, engine.client, self._text, honoured=honoured)
+        app = make_app(self._config, engine.client, self._text, honoured=honoured, tracer=self._tracer)
         runners = [make_runner(app)]
         if self._config.prometheus_port is not None:
             runners.append(web.AppRunner(make_metrics_app(app), access_log=None))
@@ -84,6 +86,8 @@ class _Service:
             for runner in runners:
                 await runner.cleanup()
             await engine.stop()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     async def _listen(self, runners: Sequence[web.AppRunner]) -> None:
         groups = (self._addresses.service, self._addresses.metrics)
@@ -151,6 +155,21 @@ def _allow_many_connections(max_queue: int) -> None:
             "the limit of open files is %d: more than %d clients at once will be turned away, though --max-queue is "
             "%d; raise it (ulimit -n)", hard, max(0, hard - _OWN_DESCRIPTORS), max_queue,
         )  # fmt: skip
+
+
+def _tracer(config: ServerConfig) -> Tracer | None:
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        # An extra that few install, and half a second of imports.
+        from tgi_server.tracing import open_traces, protocol_of  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--otlp-endpoint needs the package {error.name}: pip install 'tgi-server[otel]', or leave it out"
+        ) from None
+    endpoint = config.otlp_endpoint
+    log.info("traces go to %s over %s", endpoint, protocol_of(endpoint))
+    return open_traces(endpoint, config.otlp_service_name, package_version())
 
 
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:

@@ -33,12 +33,12 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_names_every_command_and_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--help")
-    assert list(COMMANDS) == ["serve", "plan", "download", "completion"]
+    assert list(COMMANDS) == ["serve", "plan", "bench", "download", "completion"]
     for name, purpose in COMMANDS.items():
         assert f"{name} {purpose}" in text
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "download"])
+@pytest.mark.parametrize("command", ["serve", "plan", "bench", "download"])
 def test_help_of_a_command_has_each_option_with_its_text_and_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -139,7 +139,8 @@ def test_bash_completes_what_was_begun(words: list[str], offered: str) -> None:
 
 def test_the_pages_name_no_option_that_there_is_not() -> None:
     known = {name for flag in FLAGS for name in (flag.name, *flag.others)}
-    known |= {"help", "version", "device-memory", "user"}  # of the commands, and docker's
+    known |= {"help", "version", "device-memory", "user", "url", "json"}  # of the commands, and docker's
+    known |= {"batch-size", "sequence-length", "decode-length", "runs", "warmups"}
     for page in ("operations.md", "migrating-from-tgi.md"):
         named = set(re.findall(r"--([a-z][a-z-]+)", (DOCS / page).read_text(encoding="utf-8")))
         assert named and named <= known, f"{page}: {named - known}"

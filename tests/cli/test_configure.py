@@ -93,13 +93,20 @@ def test_a_template_may_come_from_another_file(folder: Path, tmp_path: Path) -> 
         ChatTemplate.from_folder(folder, None, tmp_path / "missing")
 
 
-def test_log_lines_for_machines_are_json_and_cannot_be_forged(capfd: pytest.CaptureFixture[str]) -> None:
-    with logging_to_stderr("info", as_json=True):
-        logging.getLogger("x").info("one\n\x1b[31mtwo")
+HOSTILE = "one\n\x1b[31mtwo\r\x7f\x9b2J\u2028\u202e\ud800 drei: ü"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_log_lines_cannot_be_forged(capfd: pytest.CaptureFixture[str], as_json: bool) -> None:
+    with logging_to_stderr("info", as_json=as_json):
+        logging.getLogger("x").info("%s", HOSTILE)
         logging.getLogger("x").debug("not shown")
     (line,) = capfd.readouterr().err.splitlines()
-    assert json.loads(line)["message"] == "one\n\x1b[31mtwo"
-    assert "\x1b" not in line
+    assert line.isprintable()
+    if as_json:
+        assert json.loads(line)["message"] == HOSTILE
+    else:
+        assert line.endswith(r"INFO one\n\x1b[31mtwo\r\x7f\x9b2J\u2028\u202e\ud800 drei: ü")
 
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:

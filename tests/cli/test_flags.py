@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -112,6 +113,8 @@ def a_value(flag: Flag) -> str:
     for text in (
         ("0.0.0.0",)
         if flag.name == "host"
+        else ("http://127.0.0.1:4317",)
+        if flag.name == "otlp-endpoint"
         else ("7", "77", "dummy", "cpu", "model", "debug", "0.5", "0.0.0.0", "true", "avx2", "text")
     ):
         try:
@@ -143,7 +146,7 @@ def test_every_flag_of_tgi_is_also_its_environment_variable(name: str) -> None:
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
-def test_each_option_does_what_the_table_says(flag: Flag) -> None:
+def test_each_option_does_what_the_table_says(flag: Flag, tmp_path: Path) -> None:
     text = a_value(flag)
     if flag.effect is Effect.REFUSED:
         with pytest.raises(StartupError, match=flag.name):
@@ -157,7 +160,14 @@ def test_each_option_does_what_the_table_says(flag: Flag) -> None:
     assert values[flag.key] == ((text,) if flag.repeats else flag.parse(text))
     assert len(warnings) == (flag.effect is Effect.IGNORED)
     for variable in flag.variables:
-        assert parse(**{variable: text})[0][flag.key] == values[flag.key], variable
+        assert parse(**{variable: text}) == (values, ANY), variable
+    file = tmp_path / "options.yaml"
+    for name in (flag.name, flag.key, *flag.others):
+        file.write_text(f"{name}: {text}\n")
+        in_file, warned = parse("--config", str(file))
+        assert {**in_file, "config": values["config"]} == values, name
+        assert len(warned) == len(warnings), "once, with the reason"
+    assert all(flag.help in line for line in warnings)
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.others], ids=lambda flag: flag.name)

@@ -14,6 +14,7 @@ from tests.text.tiny import write_tiny_folder
 from tgi_server.config import ServerConfig
 from tgi_server.engine.request import HONOURED, GenerationRequest, Sampling
 from tgi_server.http.app import make_app
+from tgi_server.http.spans import Tracer
 from tgi_server.http.state import Patience
 from tgi_server.http.transport import make_runner
 from tgi_server.text.text import Text
@@ -64,6 +65,7 @@ async def start(text: Text) -> AsyncIterator[Start]:
         text: Text = text,
         patience: Patience | None = None,
         honoured: frozenset[str] = HONOURED,
+        tracer: Tracer | None = None,
         **config: object,
     ) -> TestClient:
         settings = {
@@ -75,7 +77,9 @@ async def start(text: Text) -> AsyncIterator[Start]:
             "max_queue": 8,
             **config,
         }
-        app = make_app(ServerConfig(**settings), engine, text, patience=patience, honoured=honoured)  # type: ignore[arg-type]
+        app = make_app(
+            ServerConfig(**settings), engine, text, patience=patience, honoured=honoured, tracer=tracer
+        )  # type: ignore[arg-type]
         server = Served(app)
         await server.start_server()
         client = TestClient(server)

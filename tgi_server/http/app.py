@@ -18,6 +18,7 @@ from tgi_server.http.metrics import Metrics
 from tgi_server.http.middleware import echo_request_id, guard
 from tgi_server.http.ops import get_info, get_live, get_metrics, get_models, get_ready, get_ready_for_more
 from tgi_server.http.platforms import post_invocations, post_vertex
+from tgi_server.http.spans import Tracer
 from tgi_server.http.state import (
     CONFIG,
     ENGINE,
@@ -27,6 +28,7 @@ from tgi_server.http.state import (
     PATIENCE,
     RENDERER,
     TEXT,
+    TRACER,
     VERSION,
     Engine,
     Life,
@@ -67,6 +69,7 @@ def make_app(
     *,
     patience: Patience | None = None,
     honoured: frozenset[str] = HONOURED_BY_ENGINE,
+    tracer: Tracer | None = None,
 ) -> web.Application:
     """Run it with `handler_cancellation=True`: a client that leaves must cancel its request.
 
@@ -87,10 +90,12 @@ def make_app(
     app[HONOURED] = honoured
     app[METRICS] = Metrics(config.max_total_tokens)
     app[LIFE] = Life()
+    if tracer is not None:
+        app[TRACER] = tracer
     if text.template is not None:
         app[RENDERER] = Renderer(text.template)
         app.on_cleanup.append(_close_renderer)
-    app[VERSION] = _version()
+    app[VERSION] = package_version()
     app.on_response_prepare.append(echo_request_id)
     if config.cors_allow_origin:
         app.on_response_prepare.append(name_origin)
@@ -104,7 +109,7 @@ async def _close_renderer(app: web.Application) -> None:
     await app[RENDERER].close()
 
 
-def _version() -> str:
+def package_version() -> str:
     try:
         return metadata.version("tgi-server")
     except metadata.PackageNotFoundError:  # run from a checkout

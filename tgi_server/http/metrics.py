@@ -115,10 +115,10 @@ class Turn:
         self.first_token_s: float | None = None  # since `began_s`
         self.error: ErrorKind | None = None  # why it failed, if it did
         self.dropped = False  # the client left
+        self.counted = counted  # whether it is one to generate
+        self.submitted_s: float | None = None  # when the engine got it
+        self.queued_s = 0.0
         self._metrics = metrics
-        self._counted = counted
-        self._submitted_s: float | None = None
-        self._queued_s = 0.0
         if counted:
             metrics.count.add()
             metrics.active += 1
@@ -126,21 +126,21 @@ class Turn:
     def answer(self, request: GenerationRequest) -> Answer:
         """One of the answers this request asks the engine for is about to begin."""
         metrics = self._metrics
-        if self._submitted_s is None:
-            self._submitted_s = time.monotonic()
-            metrics.validation.observe(self._submitted_s - self.began_s)
+        if self.submitted_s is None:
+            self.submitted_s = time.monotonic()
+            metrics.validation.observe(self.submitted_s - self.began_s)
             metrics.max_new.observe(request.max_new_tokens)
             metrics.input_length.observe(len(request.prompt_ids))
         self.prompt_tokens += len(request.prompt_ids)
         metrics.prompt_tokens.add(len(request.prompt_ids))
         return Answer(self, metrics)
 
-    def queued(self, queued_s: float | None) -> None:
-        self._queued_s = max(self._queued_s, queued_s or 0.0)
+    def was_queued(self, queued_s: float | None) -> None:
+        self.queued_s = max(self.queued_s, queued_s or 0.0)
 
     def end(self) -> None:
         """Count the request. To be called once, when nothing more will be sent."""
-        if not self._counted:
+        if not self.counted:
             return
         metrics = self._metrics
         metrics.active -= 1
@@ -158,10 +158,10 @@ class Turn:
         now_s = time.monotonic()
         metrics.success.add()
         metrics.duration.observe(now_s - self.began_s)
-        if self._submitted_s is None:
+        if self.submitted_s is None:
             return
-        inference_s = max(0.0, now_s - self._submitted_s - self._queued_s)
-        metrics.queue.observe(self._queued_s)
+        inference_s = max(0.0, now_s - self.submitted_s - self.queued_s)
+        metrics.queue.observe(self.queued_s)
         metrics.inference.observe(inference_s)
         metrics.generated_tokens.observe(self.generated_tokens)
         if self.generated_tokens:
@@ -190,7 +190,7 @@ class Answer:
         if self._last_s is not None:
             self._metrics.between.observe((now_s - self._last_s) / count, count)
         else:
-            turn.queued(event.queued_s)
+            turn.was_queued(event.queued_s)
             if turn.first_token_s is None:
                 turn.first_token_s = now_s - turn.began_s
                 self._metrics.first_token.observe(turn.first_token_s)

@@ -14,7 +14,8 @@ from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.answers import error_response, flavour_of
 from tgi_server.http.ids import new_id
 from tgi_server.http.metrics import GENERATING, Turn
-from tgi_server.http.state import CONFIG, FLAVOUR, LIFE, METRICS, REQUEST_ID, TURN
+from tgi_server.http.spans import Spoken
+from tgi_server.http.state import CONFIG, FLAVOUR, LIFE, METRICS, REQUEST_ID, TRACER, TURN
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         turn.end()
         _log(request, turn, status)
+        if counted and TRACER in app:
+            app[TRACER].record(_spoken(request, turn, status))
 
 
 def _stopping() -> UserError:
@@ -66,6 +69,27 @@ def _log(request: web.Request, turn: Turn, status: int) -> None:
         (time.monotonic() - turn.began_s) * 1e3,
         tokens,
         request[REQUEST_ID],
+    )
+
+
+def _spoken(request: web.Request, turn: Turn, status: int) -> Spoken:
+    """What a trace may say of the request."""
+    first = turn.first_token_s
+    return Spoken(
+        method=request.method,
+        route=request.path,
+        status=status,
+        request_id=request[REQUEST_ID],
+        model=request.app[CONFIG].model_id,
+        headers=request.headers,
+        began_s=turn.began_s,
+        ended_s=time.monotonic(),
+        submitted_s=turn.submitted_s,
+        queued_s=turn.queued_s,
+        first_token_s=None if first is None else turn.began_s + first,
+        prompt_tokens=turn.prompt_tokens,
+        generated_tokens=turn.generated_tokens,
+        failure="dropped" if turn.dropped else turn.error.value if turn.error else "",
     )
 
 

@@ -12,6 +12,7 @@ from tgi_server.config import ServerConfig
 from tgi_server.engine.request import EngineStatus, GenerationRequest, TokenEvent
 from tgi_server.errors import Flavour
 from tgi_server.http.metrics import Metrics, Turn
+from tgi_server.http.spans import Tracer
 from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
 
@@ -65,6 +66,7 @@ TEXT: Final = web.AppKey("text", Text)
 PATIENCE: Final = web.AppKey("patience", Patience)
 METRICS: Final = web.AppKey("metrics", Metrics)
 RENDERER: Final = web.AppKey("renderer", Renderer)
+TRACER: Final = web.AppKey("tracer", Tracer)  # only if traces are asked for
 LIFE: Final = web.AppKey("life", Life)
 VERSION: Final = web.AppKey("version", str)
 HONOURED: Final = web.AppKey("honoured", frozenset[str])

@@ -1,0 +1,188 @@
+"""Every public op takes arrays of other libraries: NumPy's here, CuPy's on a GPU; results are the op's own bits."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tgi_kernels
+from tgi_kernels import activation, attention, attention_cuda, matmul, norm, rope, sampling, skinny_matmul
+from tgi_kernels.dlpack import on_arrays
+
+Call = tuple[Callable[..., Any], list[Any], dict[str, Any]]
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+
+
+def floats(device: str, *shape: int) -> Tensor:
+    """CPUs compute in float32, and CuPy has no bfloat16."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def ints(device: str, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def calls(device: str) -> Iterator[Call]:
+    """Each op on the device, with arguments that fit."""
+    x, weight, matrix = floats(device, 3, 64), floats(device, 64), floats(device, 96, 64)
+    logits = floats(device, 3, 200).float()
+    q, k, v = (floats(device, 3, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    pages = floats(device, 4, 2, KV_HEADS, 16, HEAD_DIM)
+    table, lens = ints(device, [[1], [2]]), ints(device, [9, 4])
+    yield norm.rms_norm, [x, weight, 1e-5], {"out": torch.empty_like(x)}
+    yield norm.add_rms_norm, [x, x.clone(), weight, 1e-5], {}
+    for gated in (activation.silu_and_mul, activation.gelu_and_mul, activation.gelu_tanh_and_mul):
+        yield gated, [x], {}
+    yield (
+        rope.rotary_kv_write,
+        [
+            q, k, v, pages, floats(device, 16, 64).float(), ints(device, [0, 1, 2]),
+            ints(device, [0, 17, -1], torch.int64),
+        ],
+        {"q_norm": floats(device, HEAD_DIM), "k_norm": floats(device, HEAD_DIM)},
+    )  # fmt: skip
+    if device == "cpu":
+        yield attention.attention, [q, pages, table, ints(device, [0, 2, 3]), lens, 0.125], {}
+    else:
+        yield attention_cuda.attention_prefill, [q, pages, table, ints(device, [0, 2, 3]), lens, 0.125], {}
+        memory = attention_cuda.attention_decode_workspace(2, pages, HEADS, 1)
+        yield attention_cuda.attention_decode, [q[:2], pages, table, lens, 0.125, memory], {}
+        yield skinny_matmul.skinny_matmul, [x, matrix], {"gate": "silu"}
+    yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
+    yield sampling.greedy, [logits], {}
+    settings = sampling.Settings.neutral(3, 8, 2, device)
+    settings.numbers[:, 0] = 0.7
+    rows = ints(device, [0, 1, 2], torch.int64)
+    yield sampling.sample, [logits, rows, rows, settings], {}
+    yield sampling.top_logprobs, [logits, 5], {}
+    yield sampling.token_logprobs, [logits, rows], {}
+
+
+# What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
+_NOT_OPS = {
+    "workspace", "green_tokens", "attention_decode_workspace", "is_skinny", "pack_linear",
+    "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
+}  # fmt: skip
+
+
+def public_ops() -> dict[str, Callable[..., Any]]:
+    """All public functions of the package's modules by name."""
+    found = {}
+    for module_info in pkgutil.iter_modules(tgi_kernels.__path__):
+        if module_info.name.startswith("_") or module_info.name == "reference":
+            continue
+        module = importlib.import_module(f"tgi_kernels.{module_info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_") and name not in _NOT_OPS:
+                found[name] = function
+    return found
+
+
+def flat(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple) else [] if value is None else [value]
+
+
+def check_same_bits(call: Call, to_array: Callable[[Tensor], Any], kind: type) -> None:
+    """The op on arrays gives what it gives on tensors, as arrays, and writes what it writes."""
+    op, args, kwargs = call
+    mine = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    arrays = [to_array(arg.clone()) if isinstance(arg, Tensor) else arg for arg in args]
+    expected = flat(op(*mine, **kwargs))
+    got = flat(
+        on_arrays(op)(
+            *arrays,
+            **{
+                name: to_array(one.clone()) if isinstance(one, Tensor) else one
+                for name, one in kwargs.items()
+            },
+        )
+    )
+    assert all(isinstance(one, kind) for one in got)
+    written = [torch.from_dlpack(array) for array in arrays if isinstance(array, kind)]
+    for theirs, ours in zip(
+        [*(torch.from_dlpack(one) for one in got), *written],
+        [*expected, *(arg for arg in mine if isinstance(arg, Tensor))],
+        strict=True,
+    ):
+        assert theirs.dtype == ours.dtype
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("call", list(calls("cpu")), ids=lambda call: call[0].__name__)
+def test_an_op_takes_numpy_arrays_and_gives_them_back(call: Call) -> None:
+    check_same_bits(call, lambda tensor: tensor.numpy(), np.ndarray)
+
+
+def test_what_an_op_writes_is_written_in_the_callers_array() -> None:
+    x = np.ones((2, 8), np.float32)
+    out = np.zeros_like(x)
+    got = on_arrays(norm.rms_norm)(x, np.full(8, 2, np.float32), 0.0, out=out)
+    assert (out == 2).all()
+    assert got.ctypes.data == out.ctypes.data, "shared, not copied"
+
+
+def test_tensors_come_back_as_tensors_and_may_stand_beside_arrays() -> None:
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    assert isinstance(on_arrays(norm.rms_norm)(x, weight, 0.0), Tensor)
+    assert isinstance(on_arrays(norm.rms_norm)(x.numpy(), weight, 0.0), np.ndarray)
+    assert isinstance(on_arrays(norm.rms_norm)(x, weight.numpy(), 0.0), np.ndarray)
+
+
+def test_tables_of_settings_may_hold_arrays() -> None:
+    settings = sampling.Settings.neutral(1, 4, 1, "cpu")
+    tables = {name: getattr(settings, name).numpy() for name in sampling.Settings.__annotations__}
+    tables["wholes"][0, sampling.WHOLES.index("seed")] = 7
+    logits, row = np.zeros((1, 50), np.float32), np.zeros(1, np.int64)
+    ids, _ = on_arrays(sampling.sample)(logits, row, row, sampling.Settings(**tables))
+    assert isinstance(ids, np.ndarray) and ids.dtype == np.int64
+
+
+def test_errors_are_those_of_the_op() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \[7\]"):
+        on_arrays(norm.rms_norm)(np.ones((2, 8), np.float32), np.ones(7, np.float32), 0.0)
+
+
+def test_no_public_op_is_left_out() -> None:
+    tried = {call[0].__name__ for call in calls("cpu")} | set(ON_GPUS_ALONE)
+    assert tried == set(public_ops())
+
+
+ON_GPUS_ALONE = ("attention_prefill", "attention_decode", "skinny_matmul")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_every_op_takes_cupy_arrays_and_gives_them_back() -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    torch.cuda.synchronize()
+    tried = set()
+    for call in calls("cuda"):
+        check_same_bits(call, cupy.from_dlpack, cupy.ndarray)
+        tried.add(call[0].__name__)
+    assert tried == set(public_ops()) - {"attention"}, "attention itself is for CPUs and the two others"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_op_runs_between_what_the_callers_stream_does_before_and_after() -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    weight = cupy.ones(8192, cupy.float16)
+    with cupy.cuda.Stream(non_blocking=True):
+        for i in range(1, 20):
+            x = cupy.zeros((2048, 8192), cupy.float16)
+            x += cupy.sin(x) + i  # work that an op which does not wait would overtake
+            y = on_arrays(norm.rms_norm)(x, weight, 0.0)
+            assert bool((y == 1).all())
+            residual = cupy.zeros_like(x)
+            on_arrays(norm.add_rms_norm)(x, residual, weight, 0.0)
+            assert bool((residual == i).all())
