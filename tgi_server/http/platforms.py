@@ -54,6 +54,8 @@ async def post_vertex(request: web.Request) -> web.Response:
 async def _predict(request: web.Request, instance: Fields) -> str:
     if instance.has("inputs"):
         job = (await generate.read_query(request.app, instance)).job
+    elif not instance.has("messages"):
+        instance.refuse("inputs", "is missing, and so is messages; give one of them")
     else:
         job = (await chat.read_query(request.app, instance)).job
     answers = await collect(maker_of(request), [job])

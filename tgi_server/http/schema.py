@@ -14,6 +14,7 @@ from tgi_server.errors import ErrorKind, UserError
 
 INT32_MAX = 2**31 - 1
 
+_MAX_DEPTH = 64  # of JSON that is handed on as it is
 _IGNORED_HEADER_NAMES = 20
 _IGNORED_HEADER_BYTES = 256
 
@@ -190,6 +191,18 @@ def check_object(value: object, path: str) -> dict[str, object]:
     if not isinstance(value, dict):
         invalid(path, f"is {kind_of(value)}; give an object")
     return value
+
+
+def check_json(value: object, path: str, depth: int = 0) -> None:
+    """A value that only a template will read: it must fit the message that takes it there."""
+    if isinstance(value, (list, dict)):
+        if depth >= _MAX_DEPTH:
+            invalid(path, f"is nested more than {_MAX_DEPTH} deep")
+        for entry in value.values() if isinstance(value, dict) else value:
+            if not isinstance(entry, str):
+                check_json(entry, path, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        invalid(path, f"holds {shown(value)}, which has more than 64 bits")
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
