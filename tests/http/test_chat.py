@@ -238,6 +238,32 @@ async def test_fields_nobody_knows_are_listed_in_a_header(start: Start, say: Say
     assert len(header) <= 256
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "name"),
+    [
+        (CHAT, {"messages": [USER], "max_token": 5}, "max_token"),
+        ("/v1/completions", {"prompt": "x", "temperatur\n": 0}, "temperatur%0A"),
+        ("/generate", {"inputs": "x", "parameters": {"max_tokens": 5}}, "parameters.max_tokens"),
+        ("/tokenize", {"inputs": "x", "ids": True}, "ids"),
+        ("/detokenize", {"tokens": [1], "ids": True}, "ids"),
+        ("/vertex", {"instances": [{"inputs": "x", "y": 1}]}, "instances%5B0%5D.y"),
+    ],
+)
+async def test_fields_nobody_knows_are_refused_if_the_operator_says_so(
+    start: Start, say: Say, path: str, given: dict[str, Any], name: str
+) -> None:
+    engine = say("a")
+    strict, lenient = await start(engine, strict_fields=True), await start(engine)
+    response = await strict.post(path, json=given)
+    assert response.status in (400, 422)
+    error = (await response.json())["error"]
+    assert str(error["message"] if path.startswith("/v1") else error).startswith(f"{name} is no field")
+    assert not engine.requests
+    response = await lenient.post(path, json=given)
+    assert response.status == 200
+    assert response.headers["x-tgi-ignored-fields"] == name
+
+
 async def test_every_parameter_reaches_the_engine(start: Start, say: Say) -> None:
     engine = say("a")
     client = await start(engine, honoured=ALL)

@@ -81,7 +81,7 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
         stream=stream,
         usage=stream_usage,
         token_ids=fields.flag("return_token_ids") is True,
-        headers=ignored_header(fields.ignored()),
+        headers=ignored_header(fields, strict=config.strict_fields),
     )
 
 

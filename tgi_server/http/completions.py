@@ -122,7 +122,7 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
         echo=echo,
         prompt_only=parameters.max_new_tokens == 0,
         token_ids=fields.flag("return_token_ids") is True,
-        headers=ignored_header(fields.ignored()),
+        headers=ignored_header(fields, strict=config.strict_fields),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -205,8 +205,14 @@ def check_json(value: object, path: str, depth: int = 0) -> None:
         invalid(path, f"holds {shown(value)}, which has more than 64 bits")
 
 
-def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The response header that names fields nobody read: percent-encoded, at most 20 names and 256 bytes."""
+def ignored_header(*bodies: Fields, strict: bool) -> dict[str, str]:
+    """The response header that names fields nobody read: percent-encoded, at most 20 names and 256 bytes.
+
+    strict: refuse the request instead, with INVALID.
+    """
+    names = [name for body in bodies for name in body.ignored()]
+    if strict and names:
+        invalid(quote(names[0])[:80], "is no field this server knows; correct its name, or leave it out")
     header = ""
     for name in names[:_IGNORED_HEADER_NAMES]:
         longer = f"{header}, {quote(name)}" if header else quote(name)
