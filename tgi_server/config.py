@@ -115,6 +115,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: every route is open
     admin_keys: tuple[str, ...] = field(default=(), repr=False)  # good for admin routes, and for all others
     parse_special_in_content: bool = False  # special tokens spelled out in chat messages are tokens
+    strict_fields: bool = False  # a request with a field nobody knows is refused, not answered with a header
     max_input_tokens: int | None = None  # of a prompt; None: all but one of max_total_tokens
     max_best_of: int = 2  # this and the next two bind TGI's routes
     max_stop_sequences: int = 4

@@ -152,6 +152,7 @@ def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -
         api_keys=keys_of(_texts(values, "api_key"), values["api_key_file"]),
         admin_keys=_texts(values, "admin_api_key"),
         parse_special_in_content=values["parse_special_in_content"] is True,
+        strict_fields=values["strict_fields"] is True,
         prometheus_port=None if values["prometheus_port"] is None else _integer(values, "prometheus_port"),
         cors_allow_origin=_texts(values, "cors_allow_origin"),
         otlp_endpoint=_text(values, "otlp_endpoint"),

@@ -66,6 +66,12 @@ STATUS: Final[dict[ErrorKind, dict[Flavour, tuple[int, str]]]] = {
     ErrorKind.INTERNAL: {Flavour.TGI: (500, "internal"), Flavour.OPENAI: (500, "server_error")},
 }
 
+# OpenAI's `code` is a word that programs compare; where it has none of its own, the kind's is sent.
+_OPENAI_CODES: Final[dict[ErrorKind, str]] = {
+    ErrorKind.UNAUTHORIZED: "invalid_api_key",
+    ErrorKind.OVERLOADED: "rate_limit_exceeded",
+}
+
 
 class UserError(Exception):
     """A request cannot be answered; `message` is written for whoever sent it.
@@ -73,11 +79,15 @@ class UserError(Exception):
     `field` names the offending field as the client spelled it (`parameters.top_k`), if there is one.
     """
 
-    def __init__(self, kind: ErrorKind, message: str, field: str | None = None) -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str, field: str | None = None, code: str | None = None
+    ) -> None:
+        """code: OpenAI's word for just this case, if it has one."""
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.field = field
+        self.code = code
 
 
 class StartupError(Exception):
@@ -90,7 +100,8 @@ def status_of(kind: ErrorKind, flavour: Flavour) -> int:
 
 def body_of(error: UserError, flavour: Flavour) -> dict[str, object]:
     """The JSON body for `error`, in the shape clients of `flavour` parse."""
-    status, word = STATUS[error.kind][flavour]
+    _, word = STATUS[error.kind][flavour]
     if flavour is Flavour.TGI:
         return {"error": error.message, "error_type": word}
-    return {"error": {"message": error.message, "type": word, "param": error.field, "code": status}}
+    code = error.code or _OPENAI_CODES.get(error.kind, error.kind.value)
+    return {"error": {"message": error.message, "type": word, "param": error.field, "code": code}}

@@ -236,6 +236,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag("payload-limit", _LIMITS, "bytes of a request's body", whole(1, 1 << 30), 2_000_000),
     Flag(
+        "strict-fields", _LIMITS, "refuse requests with fields nobody knows, which are otherwise named in a header",
+        boolean, False, is_switch=True,
+    ),
+    Flag(
         "host", _HTTP, "address to listen on", default="127.0.0.1", others=("hostname",), good=address,
         launcher_default="0.0.0.0",
     ),

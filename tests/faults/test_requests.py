@@ -188,6 +188,15 @@ def test_row_51_messages(target: Target, messages: list[object], field: str) -> 
     assert reply.json["error"]["param"].startswith(field)
 
 
+def test_row_51_values_that_no_template_could_be_given(target: Target) -> None:
+    for value in ("[" * 500 + "]" * 500, '{"a":' * 900 + "1" + "}" * 900, "1" + "0" * 4000, str(2**64)):
+        for body in (
+            '{"messages": [{"role": "user", "content": "x", "y": %s}]}',
+            '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"y": %s}}',
+        ):
+            check_error(CHAT, target.send(CHAT, (body % value).encode()), 400)
+
+
 def test_row_51_ten_thousand_messages(target: Target) -> None:
     check_error(CHAT, target.send(CHAT, {**ASK, "messages": MESSAGES * 10_000}), 400)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,59 @@ async def test_logprobs_cover_every_token_with_its_bytes(start: Start, say: Say,
     assert all(entry["logprob"] == -0.5 and entry["top_logprobs"] == [] for entry in content)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_come_back_if_asked_for(start: Start, say: Say, stream: bool) -> None:
+    engine = say("hé")
+    client = await start(engine, honoured=ALL)
+    response = await client.post(CHAT, json=body(stream=stream, return_token_ids=True, n=2))
+    if stream:
+        *chunks, _ = await read_events(response)
+        assert chunks[0]["prompt_token_ids"] == engine.requests[0].prompt_ids
+        choices = [chunk["choices"][0] for chunk in chunks]
+        ids = {i: [t for c in choices if c["index"] == i for t in c.get("token_ids", [])] for i in (0, 1)}
+    else:
+        answer = await response.json()
+        assert answer["prompt_token_ids"] == engine.requests[0].prompt_ids
+        ids = {choice["index"]: choice["token_ids"] for choice in answer["choices"]}
+    assert ids == {0: [*engine.script, END], 1: [*engine.script, END]}
+
+
+async def test_every_chunk_tells_the_usage_so_far_if_asked_to(start: Start, say: Say) -> None:
+    client = await start(say("ab"))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = await read_events(await client.post(CHAT, json=body(stream=True, stream_options=options)))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3]
+    refused = await client.post(CHAT, json=body(stream=True, stream_options={"continuous_usage_stats": True}))
+    assert (await refused.json())["error"]["param"] == "stream_options.continuous_usage_stats"
+
+
+def nested(depth: int) -> object:
+    return {"a": nested(depth - 1)} if depth else 1
+
+
+@pytest.mark.parametrize("value", [nested(70), 10**30, [2**64], {"a": -(2**63) - 1}])
+async def test_what_no_template_could_be_given_is_refused(start: Start, say: Say, value: object) -> None:
+    engine = say("a")
+    client = await start(engine)
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(value)}}
+    for given, field in (
+        ({"messages": [{**USER, "extra": value}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "tool_calls": [call]}]}, "messages[0].tool_calls[0]"),
+        ({"messages": [USER], "chat_template_kwargs": {"extra": value}}, "chat_template_kwargs"),
+    ):
+        response = await client.post(CHAT, json=given)
+        assert response.status == 400
+        assert (await response.json())["error"]["param"].startswith(field)
+    assert not engine.requests
+
+
+@pytest.mark.parametrize("value", [nested(60), 2**64 - 1, -(2**63), [None, True, 1.5, "x"]])
+async def test_what_a_template_can_be_given_is_accepted(start: Start, say: Say, value: object) -> None:
+    client = await start(say("a"))
+    given = {"messages": [{**USER, "extra": value}], "chat_template_kwargs": {"extra": value}}
+    assert (await client.post(CHAT, json=given)).status == 200
+
+
 async def test_several_choices_are_numbered_and_counted_together(start: Start, say: Say) -> None:
     client = await start(say("hello"), honoured=ALL)
     answer = await (await client.post(CHAT, json=body(n=3, top_logprobs=2, logprobs=True))).json()
@@ -161,6 +215,12 @@ async def test_values_that_ask_for_nothing_pass(start: Start, say: Say) -> None:
         "logprobs": False,
         "parallel_tool_calls": True,
         "max_tokens": None,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "skip_special_tokens": True,
+        "bad_words": [],
+        "documents": [],
+        "suffix": "",
     }
     response = await client.post(CHAT, json=body(**neutral))
     assert response.status == 200, await response.text()
@@ -176,6 +236,32 @@ async def test_fields_nobody_knows_are_listed_in_a_header(start: Start, say: Say
     header = response.headers["x-tgi-ignored-fields"]
     assert len(header.split(", ")) == 20
     assert len(header) <= 256
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "name"),
+    [
+        (CHAT, {"messages": [USER], "max_token": 5}, "max_token"),
+        ("/v1/completions", {"prompt": "x", "temperatur\n": 0}, "temperatur%0A"),
+        ("/generate", {"inputs": "x", "parameters": {"max_tokens": 5}}, "parameters.max_tokens"),
+        ("/tokenize", {"inputs": "x", "ids": True}, "ids"),
+        ("/detokenize", {"tokens": [1], "ids": True}, "ids"),
+        ("/vertex", {"instances": [{"inputs": "x", "y": 1}]}, "instances%5B0%5D.y"),
+    ],
+)
+async def test_fields_nobody_knows_are_refused_if_the_operator_says_so(
+    start: Start, say: Say, path: str, given: dict[str, Any], name: str
+) -> None:
+    engine = say("a")
+    strict, lenient = await start(engine, strict_fields=True), await start(engine)
+    response = await strict.post(path, json=given)
+    assert response.status in (400, 422)
+    error = (await response.json())["error"]
+    assert str(error["message"] if path.startswith("/v1") else error).startswith(f"{name} is no field")
+    assert not engine.requests
+    response = await lenient.post(path, json=given)
+    assert response.status == 200
+    assert response.headers["x-tgi-ignored-fields"] == name
 
 
 async def test_every_parameter_reaches_the_engine(start: Start, say: Say) -> None:

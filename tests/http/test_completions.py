@@ -75,7 +75,6 @@ async def test_a_prompt_is_text_or_ids_or_several_of_those(
         ({"prompt": "x", "best_of": 1_000_000}, "best_of"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "x", "best_of": 2, "temperature": 0}, "best_of"),
-        ({"prompt": "x", "echo": True, "stream": True}, "echo"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -120,8 +119,43 @@ async def test_logprobs_are_parallel_arrays_and_half_characters_are_spelled_as_b
     logprobs = answer["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"]
     assert logprobs["token_logprobs"] == [-0.5] * 4
-    assert logprobs["top_logprobs"] == [{"!": -0.5}] * 4
+    assert logprobs["top_logprobs"] == [{"!": -0.5, token: -0.5} for token in logprobs["tokens"]]
     assert len(logprobs["text_offset"]) == 4
+
+
+async def test_echo_in_a_stream_comes_first_and_its_logprobs_with_it(start: Start, say: Say) -> None:
+    client = await start(say("hello"), honoured=ALL)
+    body = {"prompt": ["hello w", "x"], "echo": True, "logprobs": 0, "max_tokens": 1}
+    whole = (await (await client.post(URL, json=body)).json())["choices"]
+    *chunks, done = await read_events(await client.post(URL, json={**body, "stream": True}))
+    assert done == "[DONE]"
+    for index in (0, 1):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert own[0]["text"] == body["prompt"][index]
+        assert "".join(choice["text"] for choice in own) == whole[index]["text"]
+        for name in ("tokens", "token_logprobs"):
+            joined = [entry for choice in own for entry in choice["logprobs"][name]]
+            assert joined == whole[index]["logprobs"][name]
+
+
+async def test_echo_without_tokens_streams_the_prompt_alone(start: Start, say: Say) -> None:
+    client = await start(say("hello"), honoured=ALL)
+    body = {"prompt": "hello w", "echo": True, "max_tokens": 0, "stream": True}
+    chunk, usage, _ = await read_events(
+        await client.post(URL, json={**body, "stream_options": {"include_usage": True}})
+    )
+    assert chunk["choices"][0]["text"] == "hello w"
+    assert chunk["choices"][0]["finish_reason"] == "length"
+    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+
+
+async def test_every_chunk_tells_the_usage_so_far_if_asked_to(start: Start, say: Say) -> None:
+    client = await start(say("abc"))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await client.post(URL, json={"prompt": "x", "stream": True, "stream_options": options})
+    *chunks, _ = await read_events(response)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 4]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {2}
 
 
 async def test_best_of_gives_the_likeliest_n(start: Start, say: Say) -> None:
@@ -152,6 +186,8 @@ async def test_token_ids_come_back_if_asked_for(start: Start, say: Say, stream: 
     if stream:
         *chunks, _ = await read_events(response)
         ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
+        assert chunks[0]["choices"][0]["prompt_token_ids"] == [BOS, 87]
+        assert "prompt_token_ids" not in chunks[1]["choices"][0]
     else:
         choice = (await response.json())["choices"][0]
         ids = choice["token_ids"]

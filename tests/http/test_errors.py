@@ -173,7 +173,12 @@ OPENAI_INVALID = [
             "tool_choice": ("required",),
             "response_format": ({"type": "json_object"},),
             "chat_template": ("{{ 1 }}",),
-            "chat_template_kwargs": ({"messages": []}, {"tokenize": True}, 5),
+            "chat_template_kwargs": ({"messages": []}, {"tokenize": True}, {"bos_token": "x"}, 5),
+            "use_beam_search": (True,),
+            "length_penalty": (2,),
+            "skip_special_tokens": (False,),
+            "truncate_prompt_tokens": (5,),
+            "bad_words": (["x"],),
         }.items()
         for value in values
     ),

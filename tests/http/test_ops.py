@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from yarl import URL
 
 from tests.http.conftest import Start
 from tests.http.fake_engine import FakeEngine
@@ -72,6 +73,16 @@ async def test_info_has_the_fields_of_tgi(start: Start) -> None:
         "sha": None,
         "docker_label": None,
     }
+
+
+async def test_a_model_is_found_by_its_name_which_may_hold_a_slash(start: Start) -> None:
+    client = await start(FakeEngine(), model_id="owner/name")
+    for path in ("/v1/models/owner/name", "/v1/models/owner%2Fname"):
+        response = await client.get(URL(path, encoded=True))
+        assert (await response.json())["id"] == "owner/name"
+    response = await client.get("/v1/models/other")
+    assert response.status == 404
+    assert (await response.json())["error"]["code"] == "model_not_found"
 
 
 async def test_models_lists_the_one_served(start: Start) -> None:

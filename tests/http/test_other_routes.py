@@ -91,6 +91,15 @@ async def test_vertex_predicts_every_instance_in_order(start: Start, say: Say) -
     assert await response.json() == {"predictions": ["hello", "hello w"]}
 
 
+async def test_vertex_says_what_an_instance_needs(start: Start, say: Say) -> None:
+    client = await start(say("a"))
+    response = await client.post("/vertex", json={"instances": [{"prompt": "x"}]})
+    assert response.status == 422
+    assert (await response.json())["error"] == (
+        "instances[0].inputs is missing, and so is messages; give one of them"
+    )
+
+
 async def test_vertex_names_the_instance_at_fault(start: Start, say: Say) -> None:
     client = await start(say("a"))
     body = {"instances": [{"inputs": "x"}, {"inputs": "x", "parameters": {"max_new_tokens": 0}}]}

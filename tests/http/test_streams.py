@@ -43,7 +43,7 @@ async def test_an_engine_that_dies_ends_an_openai_stream_with_its_error_and_no_d
     *_, error = await read_events(await client.post(CHAT, json=BODY))
     assert error["error"]["message"] == "the engine process has ended"
     assert error["error"]["type"] == "server_error"
-    assert error["error"]["code"] == 503
+    assert error["error"]["code"] == "unavailable"
 
 
 async def test_a_defect_in_the_middle_of_a_stream_is_told_without_details(start: Start, say: Say) -> None:

@@ -57,6 +57,17 @@ def test_a_jinja_file_wins_over_the_tokenizer_config(tmp_path: Path) -> None:
     assert chat.render([USER]) == "<|bos|>from the file"
 
 
+def test_older_checkpoints_have_their_template_and_their_tokens_in_files_of_their_own(tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path, template=None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    tokens = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|other|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ bos_token }}{{ eos_token }}"}')
+    chat = ChatTemplate.from_folder(tmp_path)
+    assert chat is not None
+    assert chat.render([USER]) == "<|bos|><|end|>"
+
+
 def test_of_several_named_templates_tools_choose_theirs(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))

@@ -16,7 +16,15 @@ from tgi_server.http.generate import post_compat, post_generate, post_generate_s
 from tgi_server.http.keys import Keys, check_key
 from tgi_server.http.metrics import Metrics
 from tgi_server.http.middleware import echo_request_id, guard
-from tgi_server.http.ops import get_info, get_live, get_metrics, get_models, get_ready, get_ready_for_more
+from tgi_server.http.ops import (
+    get_info,
+    get_live,
+    get_metrics,
+    get_model,
+    get_models,
+    get_ready,
+    get_ready_for_more,
+)
 from tgi_server.http.platforms import post_invocations, post_vertex
 from tgi_server.http.spans import Tracer
 from tgi_server.http.state import (
@@ -50,6 +58,7 @@ _ROUTES = (
     web.post("/invocations", post_invocations),
     web.post("/vertex", post_vertex),
     web.get("/v1/models", get_models),
+    web.get("/v1/models/{model:.+}", get_model),
     web.get("/info", get_info),
     web.get("/", get_ready),
     web.get("/health", get_ready),

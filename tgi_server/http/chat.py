@@ -18,6 +18,7 @@ from tgi_server.http.generation import Job, Piece, maker_of
 from tgi_server.http.ids import new_id
 from tgi_server.http.openai import (
     DONE,
+    StreamUsage,
     check_model,
     read_stream_options,
     refuse_unsupported,
@@ -39,7 +40,7 @@ class Query:
     job: Job
     model: str
     stream: bool
-    include_usage: bool
+    usage: StreamUsage
     token_ids: bool  # whether the answer lists the ids of prompt and answer
     headers: Mapping[str, str]
 
@@ -70,7 +71,7 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
     refuse_unsupported(fields)
     parameters = _parameters(fields, app[HONOURED], text.vocab_size, config.sampling_defaults)
     stream = fields.flag("stream") is True
-    include_usage = read_stream_options(fields, stream=stream)
+    stream_usage = read_stream_options(fields, stream=stream)
     ids = await encode_chat(app, await render_chat(app, fields))
     limit_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     room = room_for_answer(config, len(ids), parameters.max_new_tokens, "messages", limit_field)
@@ -78,9 +79,9 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
         job=Job(ids, room, parameters),
         model=model,
         stream=stream,
-        include_usage=include_usage,
+        usage=stream_usage,
         token_ids=fields.flag("return_token_ids") is True,
-        headers=ignored_header(fields.ignored()),
+        headers=ignored_header(fields, strict=config.strict_fields),
     )
 
 
@@ -123,25 +124,29 @@ async def _events(request: web.Request, query: Query) -> AsyncGenerator[bytes, N
     """A first chunk with the role, chunks of text as it becomes certain, and a last one with the reason."""
     text = request.app[TEXT]
     head = {**_head(query, "chat.completion.chunk", request.app[VERSION]), "choices": [], "usage": None}
-    waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
-    count = 0
+    waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet
+    prompt_ids, count = query.job.prompt_ids, 0
+    detailed = query.job.parameters.logprobs or query.token_ids
     async with aclosing(generate_each(maker_of(request), [query.job])) as pieces:
         async for index, piece in pieces:
-            count += 1
+            if query.usage.always:
+                head["usage"] = usage(len(prompt_ids), count)
             if index not in waiting:
                 waiting[index] = []
-                yield _chunk(head, index, {"role": "assistant", "content": ""})
+                first = {**head, "prompt_token_ids": prompt_ids} if query.token_ids else head
+                yield _chunk(first, index, {"role": "assistant", "content": ""})
+            count += 1
+            if query.usage.always:
+                head["usage"] = usage(len(prompt_ids), count)
             waiting[index].append(piece)
-            if piece.shown or (piece.finish and query.job.parameters.logprobs):
-                logprobs = None
-                if query.job.parameters.logprobs:
-                    logprobs = _logprobs(waiting[index], text.tokenizer)
+            if piece.shown or (piece.finish and detailed):
+                details = _details(query, waiting[index], text.tokenizer) if detailed else {}
                 waiting[index] = []
-                yield _chunk(head, index, {"content": piece.shown}, logprobs)
+                yield _chunk(head, index, {"content": piece.shown}, details)
             if piece.finish is not None:
-                yield _chunk(head, index, {}, finish=piece.finish.openai)
-    if query.include_usage:
-        yield sse_event({**head, "usage": usage(len(query.job.prompt_ids), count)})
+                yield _chunk(head, index, {}, {"finish_reason": piece.finish.openai})
+    if query.usage.at_end:
+        yield sse_event({**head, "usage": usage(len(prompt_ids), count)})
     yield DONE
 
 
@@ -149,11 +154,20 @@ def _chunk(
     head: Mapping[str, object],
     index: int,
     delta: Mapping[str, object],
-    logprobs: object = None,
-    finish: str | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> bytes:
-    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
     return sse_event({**head, "choices": [choice]})
+
+
+def _details(query: Query, pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, object]:
+    """What a client asked to know of the tokens of a chunk."""
+    details: dict[str, object] = {}
+    if query.job.parameters.logprobs:
+        details["logprobs"] = _logprobs(pieces, tokenizer)
+    if query.token_ids:
+        details["token_ids"] = [piece.token_id for piece in pieces]
+    return details
 
 
 def _logprobs(pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, object]:

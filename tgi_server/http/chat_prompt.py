@@ -11,8 +11,13 @@ from aiohttp import web
 from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.messages import read_messages
 from tgi_server.http.prompt import check_encoded, check_length, encode
-from tgi_server.http.schema import Fields
+from tgi_server.http.schema import Fields, check_json
 from tgi_server.http.state import CONFIG, RENDERER, TEXT
+
+_SET_BY_SERVER = (
+    "messages", "tools", "documents", "add_generation_prompt", "tokenize",
+    "bos_token", "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,11 @@ async def tokenize_chat(
 def _template_variables(fields: Fields) -> Mapping[str, object]:
     """Variables for the template; none may take the place of one the server sets."""
     child = fields.child("chat_template_kwargs")
-    variables = {} if child is None else {name: child.raw(name) for name in child.names()}
-    for name in ("messages", "tools", "documents", "add_generation_prompt", "tokenize"):
-        if child is not None and name in variables:
+    if child is None:
+        return {}
+    variables = {name: child.raw(name) for name in child.names()}
+    check_json(variables, "chat_template_kwargs")
+    for name in _SET_BY_SERVER:
+        if name in variables:
             child.refuse(name, "is set by the server; leave it out")
     return variables

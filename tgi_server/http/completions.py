@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,6 +18,7 @@ from tgi_server.http.generation import Finish, Job, Piece, maker_of
 from tgi_server.http.ids import new_id
 from tgi_server.http.openai import (
     DONE,
+    StreamUsage,
     check_model,
     read_stream_options,
     refuse_unsupported,
@@ -47,7 +48,7 @@ class _Query:
     choices: int  # answers to give of each prompt; `best_of` may generate more
     model: str
     stream: bool
-    include_usage: bool
+    usage: StreamUsage
     echo: bool
     prompt_only: bool  # `max_tokens: 0`: the answer is the prompt and its logprobs
     token_ids: bool
@@ -98,11 +99,9 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
     )
     choices = parameters.choices
     stream = fields.flag("stream") is True
-    include_usage = read_stream_options(fields, stream=stream)
+    stream_usage = read_stream_options(fields, stream=stream)
     parameters = _logprobs_asked(fields, parameters, app[HONOURED], echo=echo)
     parameters = replace(parameters, choices=_best_of(fields, parameters, app[HONOURED], stream=stream))
-    if echo and stream:
-        fields.refuse("echo", "cannot be used in a stream; leave it out")
     special = fields.flag("add_special_tokens") is not False
     jobs, prompts = [], []
     for prompt, path in _prompts(fields, config.max_client_batch_size):
@@ -119,11 +118,11 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
         choices=choices,
         model=model,
         stream=stream,
-        include_usage=include_usage,
+        usage=stream_usage,
         echo=echo,
         prompt_only=parameters.max_new_tokens == 0,
         token_ids=fields.flag("return_token_ids") is True,
-        headers=ignored_header(fields.ignored()),
+        headers=ignored_header(fields, strict=config.strict_fields),
     )
 
 
@@ -220,36 +219,70 @@ def _choice(
 
 async def _events(request: web.Request, query: _Query) -> AsyncGenerator[bytes, None]:
     """Chunks of text as it becomes certain; each answer's last has the reason it ended."""
-    text = request.app[TEXT]
     head = {**_head(query, request.app[VERSION]), "choices": [], "usage": None}
-    waiting: dict[int, list[Piece]] = {}  # pieces whose text is not shown yet, for their logprobs
-    offsets: dict[int, int] = {}
+    streams: dict[int, _Stream] = {}
     count = 0
     async with aclosing(generate_each(maker_of(request), query.jobs)) as pieces:
         async for index, piece in pieces:
-            count += 1
-            held = waiting.setdefault(index, [])
-            held.append(piece)
-            if not piece.shown and piece.finish is None:
-                continue
-            choice: dict[str, object] = {
-                "index": index,
-                "text": piece.shown,
-                "logprobs": None,
-                "finish_reason": piece.finish.openai if piece.finish else None,
-            }
-            if query.parameters.logprobs:
-                entries = [_entry(one) for one in held]
-                top = query.parameters.top_logprobs
-                choice["logprobs"] = _logprobs(entries, top, text.tokenizer, offsets.get(index, 0))
-            if query.token_ids:
-                choice["token_ids"] = [one.token_id for one in held]
-            offsets[index] = offsets.get(index, 0) + len(piece.shown)
-            waiting[index] = []
-            yield sse_event({**head, "choices": [choice]})
-    if query.include_usage:
+            count += not query.prompt_only
+            if index not in streams:
+                streams[index] = _Stream(query, index, request.app[TEXT].tokenizer)
+            if query.usage.always:
+                head["usage"] = usage(query.prompt_tokens, count)
+            for choice in streams[index].push(piece):
+                yield sse_event({**head, "choices": [choice]})
+    if query.usage.at_end:
         yield sse_event({**head, "usage": usage(query.prompt_tokens, count)})
     yield DONE
+
+
+class _Stream:
+    """The chunks of one answer."""
+
+    def __init__(self, query: _Query, index: int, tokenizer: Tokenizer) -> None:
+        self._query = query
+        self._index = index
+        self._job = index // query.parameters.choices
+        self._tokenizer = tokenizer
+        self._waiting: list[Piece] = []  # whose text is not shown yet
+        self._offset = 0
+        self._begun = False
+
+    def push(self, piece: Piece) -> Iterable[dict[str, object]]:
+        """The chunks that can be sent now that `piece` is there."""
+        query = self._query
+        if query.echo and not self._begun:
+            entries = (
+                _prompt_entries(query.jobs[self._job], piece) if query.parameters.prompt_logprobs else []
+            )
+            finish = Finish.LENGTH if query.prompt_only else None
+            yield self._choice(query.prompts[self._job], entries, [], finish)
+        if query.prompt_only:
+            return
+        self._waiting.append(piece)
+        if piece.shown or piece.finish is not None:
+            pieces, self._waiting = self._waiting, []
+            yield self._choice(piece.shown, [_entry(one) for one in pieces], pieces, piece.finish)
+
+    def _choice(
+        self, text: str, entries: Sequence[_Entry], pieces: Sequence[Piece], finish: Finish | None
+    ) -> dict[str, object]:
+        choice: dict[str, object] = {
+            "index": self._index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": finish.openai if finish else None,
+        }
+        if self._query.parameters.logprobs:
+            top = self._query.parameters.top_logprobs
+            choice["logprobs"] = _logprobs(entries, top, self._tokenizer, self._offset)
+        if self._query.token_ids:
+            if not self._begun:
+                choice["prompt_token_ids"] = self._query.jobs[self._job].prompt_ids
+            choice["token_ids"] = [one.token_id for one in pieces]
+        self._offset += len(text)
+        self._begun = True
+        return choice
 
 
 _Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token id, its logprob, the likeliest instead
@@ -274,11 +307,16 @@ def _logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": [logprob for _, logprob, _ in entries],
-        "top_logprobs": [
-            {token_text(tokenizer, token_id): logprob for token_id, logprob in top} if top else None
-            for _, _, top in entries
-        ]
-        if top_logprobs
-        else None,
+        "top_logprobs": [_likeliest(entry, tokenizer) for entry in entries] if top_logprobs else None,
         "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else [],
     }
+
+
+def _likeliest(entry: _Entry, tokenizer: Tokenizer) -> dict[str, float] | None:
+    """The token itself is always among them, as OpenAI promises. Of tokens spelled alike the likeliest counts."""
+    token_id, logprob, top = entry
+    if logprob is None:
+        return None
+    likeliest = {token_text(tokenizer, one): its for one, its in reversed(top)}
+    likeliest.setdefault(token_text(tokenizer, token_id), logprob)
+    return dict(sorted(likeliest.items(), key=lambda pair: -pair[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from aiohttp import web
@@ -9,9 +10,9 @@ from aiohttp.typedefs import Handler, Middleware
 
 from tgi_server.http.state import CONFIG
 
+_HEADERS = re.compile(r"[A-Za-z0-9_, -]{1,2000}")
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
     "Access-Control-Max-Age": "600",
 }
 
@@ -23,7 +24,9 @@ def answer_preflights(origins: Collection[str]) -> Middleware:
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
         if asks and _allowed(request, origins):
-            return web.Response(status=204, headers=_PREFLIGHT)
+            return web.Response(
+                status=204, headers={**_PREFLIGHT, "Access-Control-Allow-Headers": _headers(request)}
+            )
         return await handler(request)
 
     return answer
@@ -37,6 +40,12 @@ async def name_origin(request: web.Request, response: web.StreamResponse) -> Non
     if (allowed := _allowed(request, origins)) is not None:
         response.headers["Access-Control-Allow-Origin"] = allowed
         response.headers["Access-Control-Expose-Headers"] = "*"
+
+
+def _headers(request: web.Request) -> str:
+    """Those the page asks for: they give it no rights, and SDKs send a dozen of their own."""
+    asked = request.headers.get("Access-Control-Request-Headers", "")
+    return asked if _HEADERS.fullmatch(asked) else "authorization, content-type, x-request-id"
 
 
 def _allowed(request: web.Request, origins: Collection[str]) -> str | None:

@@ -113,7 +113,7 @@ async def read_query(app: web.Application, fields: Fields, *, full_text: bool = 
         headers={
             "x-compute-type": config.compute_type,
             "x-compute-characters": str(len(prompt)),
-            **ignored_header(fields.ignored()),
+            **ignored_header(fields, strict=config.strict_fields),
         },
         began_s=began_s,
         validated_s=time.monotonic(),

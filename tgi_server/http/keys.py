@@ -36,6 +36,7 @@ ACCESS: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/openapi.json"): Access.USER,
     ("GET", "/metrics"): Access.USER,  # open on --prometheus-port
     ("GET", "/v1/models"): Access.USER,
+    ("GET", "/v1/models/{model}"): Access.USER,
     ("POST", "/"): Access.USER,
     ("POST", "/chat_tokenize"): Access.USER,
     ("POST", "/detokenize"): Access.USER,

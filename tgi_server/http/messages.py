@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tgi_server.http.schema import Fields, check_object, check_text, invalid, kind_of, shown
+from tgi_server.http.schema import Fields, check_json, check_object, check_text, invalid, kind_of, shown
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -22,6 +22,7 @@ def _read_message(entry: object, path: str) -> dict[str, object]:
     role = message.get("role")
     if role not in _ROLES:
         invalid(f"{path}.role", f"is {shown(role)}; give one of {', '.join(_ROLES)}")
+    check_json(entry, path)
     calls = message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = _tool_calls(calls, role, f"{path}.tool_calls")
@@ -62,6 +63,7 @@ def _tool_calls(calls: object, role: object, path: str) -> list[dict[str, object
                 function["arguments"] = msgspec.json.decode(arguments)
             except (msgspec.MsgspecError, RecursionError) as error:
                 invalid(f"{path}[{i}].function.arguments", f"is not JSON: {error}")
+            check_json(function["arguments"], f"{path}[{i}].function.arguments")
         call["function"] = function
         read.append(call)
     return read

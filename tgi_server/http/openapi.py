@@ -113,6 +113,7 @@ def _operating(config: ServerConfig) -> Json:
         "/livez": _probe("Whether only a restart can help"),
         "/info": _get("What is served, and its limits", _json(_ref("Info"))),
         "/v1/models": _get("The models served", _json(_ref("ModelList"))),
+        "/v1/models/{model}": _one_model(),
         "/openapi.json": _get("This document", _json({"type": "object"})),
         "/api-doc/openapi.json": _get("This document, where TGI has it", _json({"type": "object"})),
         "/docs": _get("This document for people", {"text/html": {"schema": {"type": "string"}}}),
@@ -145,6 +146,19 @@ def _get(summary: str, content: Json) -> Json:
     return {
         "get": {"summary": summary, "responses": {"200": {"description": "the answer", "content": content}}}
     }
+
+
+def _one_model() -> Json:
+    """Its name may hold slashes."""
+    route = _get("One of the models served", _json(_ref("Model")))
+    route["get"]["parameters"] = [
+        {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+    route["get"]["responses"]["404"] = {
+        "description": "not_found_error",
+        "content": _json(_ref("OpenAIError")),
+    }
+    return route
 
 
 def _probe(summary: str) -> Json:

@@ -129,7 +129,7 @@ def _openai_fields() -> dict[str, Json]:
         "stop": {"anyOf": [_TEXT, _array(_TEXT, MAX_OPENAI_STOPS)]},
         "stop_token_ids": _array(_ID, 256),
         "stream": _FLAG,
-        "stream_options": _body((), include_usage=_FLAG),
+        "stream_options": _body((), continuous_usage_stats=_FLAG, include_usage=_FLAG),
         "temperature": _number(0, 100),
         "top_k": _whole(-1, INT32_MAX),
         "top_p": _number(0, 1, above=True),
@@ -222,14 +222,15 @@ _HEAD: Final[dict[str, Json]] = {
 
 
 def _openai_answers() -> dict[str, Json]:
-    error = _answer(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code={"type": "integer"})
+    error = _answer(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code=_TEXT)
     model = _answer(id=_TEXT, object={"const": "model"}, created=_ID, owned_by=_TEXT)
     return {
         **_completion_answers(),
         **_chat_answers(),
         "Usage": _answer(prompt_tokens=_ID, completion_tokens=_ID, total_tokens=_ID),
         "OpenAIError": _answer(error=error),
-        "ModelList": _answer(object={"const": "list"}, data=_array(model)),
+        "Model": model,
+        "ModelList": _answer(object={"const": "list"}, data=_array(_ref("Model"))),
     }
 
 
@@ -267,10 +268,12 @@ def _chat_answers() -> dict[str, Json]:
         token_ids=_array(_ID),
     )
     delta = _answer(
+        ("token_ids",),
         index=_ID,
         delta=_answer(("role", "content"), role=role, content=_TEXT),
         logprobs=logprobs,
         finish_reason=_or_null(_FINISH),
+        token_ids=_array(_ID),
     )
     return {
         "ChatCompletion": _answer(
@@ -282,11 +285,12 @@ def _chat_answers() -> dict[str, Json]:
             prompt_token_ids=_array(_ID),
         ),
         "ChatCompletionChunk": _answer(
-            (),
+            ("prompt_token_ids",),
             **_HEAD,
             object={"const": "chat.completion.chunk"},
             choices=_array(delta),
             usage=_or_null(_ref("Usage")),
+            prompt_token_ids=_array(_ID),
         ),
     }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+from tgi_server.config import ServerConfig
 from tgi_server.http.answers import json_response
+from tgi_server.http.openai import unknown_model
 from tgi_server.http.prometheus import CONTENT_TYPE
 from tgi_server.http.prompt import most_input_tokens
 from tgi_server.http.state import CONFIG, ENGINE, LIFE, METRICS, VERSION, Engine, Life
@@ -65,15 +67,24 @@ async def get_info(request: web.Request) -> web.Response:
 
 
 async def get_models(request: web.Request) -> web.Response:
-    config = request.app[CONFIG]
-    model = {"id": config.model_id, "object": "model", "created": 0, "owned_by": config.model_id}
-    return json_response({"object": "list", "data": [model]})
+    return json_response({"object": "list", "data": [_model(request.app[CONFIG])]})
+
+
+async def get_model(request: web.Request) -> web.Response:
+    config, name = request.app[CONFIG], request.match_info["model"]
+    if name != config.model_id:
+        raise unknown_model(config, name)
+    return json_response(_model(config))
 
 
 async def get_metrics(request: web.Request) -> web.Response:
     engine = request.app[ENGINE]
     text = request.app[METRICS].text(engine.status, alive=engine.alive, version=request.app[VERSION])
     return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _model(config: ServerConfig) -> dict[str, object]:
+    return {"id": config.model_id, "object": "model", "created": 0, "owned_by": config.model_id}
 
 
 def make_metrics_app(app: web.Application) -> web.Application:

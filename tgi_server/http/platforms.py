@@ -12,9 +12,9 @@ from tgi_server.http.answers import json_response
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect
 from tgi_server.http.completions import answer_completions
-from tgi_server.http.generation import maker_of
-from tgi_server.http.schema import Fields, check_object
-from tgi_server.http.state import FLAVOUR
+from tgi_server.http.generation import Job, maker_of
+from tgi_server.http.schema import Fields, check_object, ignored_header
+from tgi_server.http.state import CONFIG, FLAVOUR
 
 _MAX_INSTANCES = 16
 
@@ -42,19 +42,25 @@ async def post_vertex(request: web.Request) -> web.Response:
     instances = [
         Fields(check_object(entry, f"instances[{i}]"), f"instances[{i}]") for i, entry in enumerate(entries)
     ]
-    tasks = [asyncio.create_task(_predict(request, instance)) for instance in instances]
+    jobs = [await _job(request.app, instance) for instance in instances]
+    headers = ignored_header(fields, *instances, strict=request.app[CONFIG].strict_fields)
+    tasks = [asyncio.create_task(_predict(request, job)) for job in jobs]
     try:
         predictions = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
-    return json_response({"predictions": predictions})
+    return json_response({"predictions": predictions}, headers=headers)
 
 
-async def _predict(request: web.Request, instance: Fields) -> str:
+async def _job(app: web.Application, instance: Fields) -> Job:
     if instance.has("inputs"):
-        job = (await generate.read_query(request.app, instance)).job
-    else:
-        job = (await chat.read_query(request.app, instance)).job
+        return (await generate.read_query(app, instance)).job
+    if not instance.has("messages"):
+        instance.refuse("inputs", "is missing, and so is messages; give one of them")
+    return (await chat.read_query(app, instance)).job
+
+
+async def _predict(request: web.Request, job: Job) -> str:
     answers = await collect(maker_of(request), [job])
     return "".join(piece.shown for piece in answers[0])

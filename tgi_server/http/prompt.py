@@ -86,6 +86,7 @@ def room_for_answer(
             f"{prompt_field} has {prompt_tokens} tokens, but prompt and answer together may have "
             f"{total}; shorten it to {most} at most",
             prompt_field,
+            "context_length_exceeded",
         )
     room = total - prompt_tokens
     if max_new_tokens is not None and max_new_tokens > room:
@@ -95,5 +96,6 @@ def room_for_answer(
             f"{prompt_tokens + max_new_tokens} together, but at most {total} are allowed; "
             f"ask for {room} or fewer, or shorten the prompt",
             limit_field,
+            "context_length_exceeded",
         )
     return room if max_new_tokens is None else max_new_tokens

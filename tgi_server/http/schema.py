@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -14,6 +14,7 @@ from tgi_server.errors import ErrorKind, UserError
 
 INT32_MAX = 2**31 - 1
 
+_MAX_DEPTH = 64  # of JSON that is handed on as it is
 _IGNORED_HEADER_NAMES = 20
 _IGNORED_HEADER_BYTES = 256
 
@@ -192,8 +193,26 @@ def check_object(value: object, path: str) -> dict[str, object]:
     return value
 
 
-def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """The response header that names fields nobody read: percent-encoded, at most 20 names and 256 bytes."""
+def check_json(value: object, path: str, depth: int = 0) -> None:
+    """A value that only a template will read: it must fit the message that takes it there."""
+    if isinstance(value, (list, dict)):
+        if depth >= _MAX_DEPTH:
+            invalid(path, f"is nested more than {_MAX_DEPTH} deep")
+        for entry in value.values() if isinstance(value, dict) else value:
+            if not isinstance(entry, str):
+                check_json(entry, path, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        invalid(path, f"holds {shown(value)}, which has more than 64 bits")
+
+
+def ignored_header(*bodies: Fields, strict: bool) -> dict[str, str]:
+    """The response header that names fields nobody read: percent-encoded, at most 20 names and 256 bytes.
+
+    strict: refuse the request instead, with INVALID.
+    """
+    names = [name for body in bodies for name in body.ignored()]
+    if strict and names:
+        invalid(quote(names[0])[:80], "is no field this server knows; correct its name, or leave it out")
     header = ""
     for name in names[:_IGNORED_HEADER_NAMES]:
         longer = f"{header}, {quote(name)}" if header else quote(name)

@@ -20,28 +20,30 @@ _MAX_IDS = 1_000_000
 
 async def post_tokenize(request: web.Request) -> web.Response:
     """TGI's: a `/generate` body in, an array of tokens out. The parameters change nothing."""
-    text = request.app[TEXT]
+    text, config = request.app[TEXT], request.app[CONFIG]
     fields = await read_fields(request)
-    fields.raw("parameters")
+    fields.know("parameters")
     special = fields.flag("add_special_tokens") is not False
     prompt = fields.text("inputs")
     if prompt is None:
         fields.refuse("inputs", "is missing; give the text to tokenize")
-    check_length(text, request.app[CONFIG], prompt, "inputs")
+    check_length(text, config, prompt, "inputs")
+    headers = ignored_header(fields, strict=config.strict_fields)
     ids, offsets = await asyncio.to_thread(
         text.tokenizer.encode_with_offsets, prompt, add_special_tokens=special
     )
-    return json_response(_describe(prompt, ids, offsets), headers=ignored_header(fields.ignored()))
+    return json_response(_describe(prompt, ids, offsets), headers=headers)
 
 
 async def post_detokenize(request: web.Request) -> web.Response:
     """Token ids in `tokens`, their text out as `prompt`, special tokens included."""
     fields = await read_fields(request)
-    check_model(request.app[CONFIG], fields)
-    text = request.app[TEXT]
+    text, config = request.app[TEXT], request.app[CONFIG]
+    check_model(config, fields)
     ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens")
+    headers = ignored_header(fields, strict=config.strict_fields)
     prompt = await asyncio.to_thread(text.tokenizer.decode, ids, skip_special_tokens=False)
-    return json_response({"prompt": prompt}, headers=ignored_header(fields.ignored()))
+    return json_response({"prompt": prompt}, headers=headers)
 
 
 async def post_chat_tokenize(request: web.Request) -> web.Response:

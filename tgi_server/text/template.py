@@ -34,18 +34,20 @@ class ChatTemplate:
     def from_folder(
         cls, folder: Path, config_file: Path | None = None, template_file: Path | None = None
     ) -> ChatTemplate | None:
-        """Read `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`; None without.
+        """Read `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` or `chat_template.json`.
 
-        config_file, template_file: read instead; they must exist.
+        None if there is none of these. Special tokens the config does not name are those of
+        `special_tokens_map.json`. config_file, template_file: read instead; they must exist.
         """
         for given in (config_file, template_file):
             if given is not None and not given.is_file():
                 raise StartupError(f"{given} does not exist")
         own_template = config_file is None and template_file is None
         config_file = config_file or folder / "tokenizer_config.json"
-        config = _read_object(config_file) if config_file.is_file() else {}
+        config = _read_if_there(config_file)
+        named = {**_read_if_there(folder / "special_tokens_map.json"), **config}
         special = {
-            name: token for name in _SPECIAL_TOKENS if (token := _token_text(config.get(name))) is not None
+            name: token for name in _SPECIAL_TOKENS if (token := _token_text(named.get(name))) is not None
         }
         file = template_file or folder / "chat_template.jinja"
         if file.is_file() and (own_template or template_file):
@@ -53,6 +55,9 @@ class ChatTemplate:
         else:
             file = config_file
             sources = _sources(config.get("chat_template"))
+        if not sources and own_template:
+            file = folder / "chat_template.json"
+            sources = _sources(_read_if_there(file).get("chat_template"))
         if not sources:
             return None
         try:
@@ -184,6 +189,10 @@ def _sources(value: object) -> dict[str, str]:
         for entry in entries
         if isinstance(entry, dict) and "name" in entry and "template" in entry
     }
+
+
+def _read_if_there(file: Path) -> Mapping[str, object]:
+    return _read_object(file) if file.is_file() else {}
 
 
 def _token_text(value: object) -> str | None:
