@@ -47,11 +47,6 @@ HONOURED: Final[frozenset[str]] = frozenset(
 )
 
 
-def honoured_on(device: str) -> frozenset[str]:
-    """The fields the engine acts on when it runs on `device`: a GPU takes the likeliest token, no more yet."""
-    return HONOURED if device == "cpu" else frozenset()
-
-
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """One sequence to generate. Every API flavour maps its body to this; all bounds are already checked."""
 
