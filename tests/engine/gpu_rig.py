@@ -35,19 +35,21 @@ def save_llama(path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
+CONFIG = EngineConfig(
+    model=Path(),
+    max_total_tokens=1024,
+    max_batch_tokens=512,
+    max_sequences=24,
+    max_queue=500,
+    num_pages=600,
+    num_threads=1,
+    target_s=10.0,
+    device="cuda",
+)
+
+
 def engine(folder: Path, depth: int = 1, **changes: Any) -> InProcess:
-    config = EngineConfig(
-        model=folder,
-        max_total_tokens=1024,
-        max_batch_tokens=512,
-        max_sequences=24,
-        max_queue=500,
-        num_pages=600,
-        num_threads=1,
-        target_s=10.0,
-        device="cuda",
-    )
-    return on_gpu(replace(config, **changes), depth)
+    return on_gpu(replace(CONFIG, model=folder, **changes), depth)
 
 
 def prompts(count: int) -> list[list[int]]:

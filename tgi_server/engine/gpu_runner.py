@@ -15,6 +15,7 @@ from tgi_kernels.attention_cuda import attention_decode_workspace, attention_pre
 from tgi_kernels.step import keep_ids
 from tgi_server.config import PAGE_TOKENS, EngineConfig
 from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
+from tgi_server.engine.cuda_errors import named_errors
 from tgi_server.engine.graphs import DecodeBuffers, DeviceState, capture_all
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.sampler import Drawn, Sampler
@@ -56,9 +57,10 @@ class GpuRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
-        """Queue `plan`, which must not be empty, on the device, and return."""
-        self._sampler.read(plan)
-        return self._mixed(plan) if plan.has_prompts else self._decode(plan)
+        """Queue `plan`, which must not be empty, on the device, and return. Raises as `named_errors`."""
+        with named_errors(self._device):
+            self._sampler.read(plan)
+            return self._mixed(plan) if plan.has_prompts else self._decode(plan)
 
     def _decode(self, plan: Plan) -> Fetched:
         self._builder.extend(plan)
@@ -76,6 +78,7 @@ class GpuRunner:
         hidden = self._model(batch, self._state.kv)
         scored = self._sampler.score(plan, hidden, self._model.logits)
         drawn = self._sampler.draw(plan, self._model.logits(hidden[batch.logit_rows]))
+        # Last: a step that fails before, for lack of memory, can be computed again from what it was fed.
         keep_ids(drawn.ids, sampling_rows, self._state.last_ids)
         return fetch(plan, drawn, scored)
 

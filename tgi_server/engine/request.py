@@ -16,6 +16,7 @@ class FinishReason(Enum):
     FAILED = "failed"  # this request's computation failed; `TokenEvent.error` says how
     REJECTED = "rejected"  # the queue is full
     WAITED = "waited"  # not begun within the limit of waiting
+    EXHAUSTED = "exhausted"  # the device has too little memory for it now; trying later may help
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

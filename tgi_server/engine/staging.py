@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tgi_server.engine.cuda_errors import named_errors
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.sampler import Drawn, Scored, results
 
@@ -52,10 +53,15 @@ class Fetched:
     drawn: Drawn
     scored: Mapping[int, Scored]
     done: torch.cuda.Event
+    device: torch.device
 
     def result(self) -> list[Sampled]:
-        """Wait for the step; what each work item that samples or is scored got, in the plan's order."""
-        self.done.synchronize()
+        """Wait for the step; what each work item that samples or is scored got, in the plan's order.
+
+        Raises as `named_errors`.
+        """
+        with named_errors(self.device):
+            self.done.synchronize()
         return results(self.plan, self.drawn, self.scored)
 
 
@@ -64,4 +70,4 @@ def fetch(plan: Plan, drawn: Drawn, scored: Mapping[int, Scored]) -> Fetched:
     there = drawn.on(download), {place: part.on(download) for place, part in scored.items()}
     done = torch.cuda.Event()
     done.record()
-    return Fetched(plan, *there, done)
+    return Fetched(plan, *there, done, drawn.ids.device)
