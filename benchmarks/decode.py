@@ -5,6 +5,7 @@ python -m benchmarks.decode
 
 from __future__ import annotations
 
+import logging
 import time
 
 from benchmarks.harness import Report, Roofs, main
@@ -29,6 +30,19 @@ def decode_step(engine: InProcess, batch: int) -> float:
     return (longest[-1] - longest[1]) / (len(longest) - 2)
 
 
+def host_step(engine: InProcess, batch: int, steps: int = 64) -> float:
+    """Seconds of a decode step in which the host is busy: planning, launching, reporting, but not waiting."""
+    names = [engine.ask(8, steps + 16) for _ in range(batch)]
+    while any(name not in engine.wire.token_times for name in names):
+        engine.engine.step()
+    began, waited_s = time.perf_counter(), engine.watched.waited_s
+    for _ in range(steps):
+        engine.engine.step()
+    busy_s = time.perf_counter() - began - (engine.watched.waited_s - waited_s)
+    engine.finish()
+    return busy_s / steps
+
+
 def first_id(engine: InProcess, prompts: int, tokens: int) -> float:
     """Seconds from handing over the prompts to the last one's first id."""
     begin = time.perf_counter()
@@ -38,6 +52,7 @@ def first_id(engine: InProcess, prompts: int, tokens: int) -> float:
 
 
 def bench(report: Report, roofs: Roofs) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     begin = time.perf_counter()
     engine = llama_8b_on_gpu(max_sequences=256, max_total_tokens=16384, max_batch_tokens=8192)
     loaded = time.perf_counter()
@@ -51,6 +66,7 @@ def bench(report: Report, roofs: Roofs) -> None:
             "decode_step", f"llama-3.1-8b bf16 B={batch}", seconds * 1e3, unit="ms", roof=floor_s * 1e3,
             baselines={"vllm 0.24 on H100": {1: 6.64, 8: 7.03, 64: 10.16, 256: 21.4}[batch]},
         )  # fmt: skip
+        report.add("host_step", f"llama-3.1-8b bf16 B={batch}", host_step(engine, batch) * 1e3, unit="ms")
     for prompts, tokens, theirs in ((1, 1024, 36.8), (1, 8192, 213.0), (16, 2048, 769.0)):
         attention_flops = prompts * 2 * tokens**2 * 4096 * int(layers)
         floor_s = (prompts * tokens * FLOPS_PER_TOKEN + attention_flops) / roofs.matmul

@@ -8,15 +8,17 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
-from tgi_server.engine.engine import Engine
+from tgi_server.engine.engine import Engine, Launched, Runner
 from tgi_server.engine.gpu_runner import GpuRunner
-from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
+from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine, TokenEvent
 from tgi_server.models import load_model
 
 LLAMA_3_1_8B = {
@@ -49,6 +51,7 @@ class Wire:
     requests: list[ToEngine] = field(default_factory=list)
     token_times: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # id and logprob
+    events: dict[str, list[TokenEvent]] = field(default_factory=dict)
     finished: int = 0
 
     def receive(self, timeout_s: float) -> list[ToEngine]:
@@ -60,10 +63,38 @@ class Wire:
         if isinstance(message, StepEvents):
             now = time.perf_counter()
             for event in message.events:
-                assert not event.error, event.error
+                self.events.setdefault(event.id, []).append(event)
                 self.token_times.setdefault(event.id, []).extend([now] * len(event.token_ids))
                 self.tokens.setdefault(event.id, []).extend(zip(event.token_ids, event.logprobs, strict=True))
                 self.finished += event.finish is not None
+
+
+class Waiting:
+    """A step under way; adds the time that is waited for it to its runner's."""
+
+    def __init__(self, launched: Launched, watched: Watched) -> None:
+        self._launched = launched
+        self._watched = watched
+
+    def result(self) -> list[Sampled]:
+        began = time.perf_counter()
+        sampled = self._launched.result()
+        self._watched.waited_s += time.perf_counter() - began
+        return sampled
+
+
+class Watched:
+    """A runner that knows how long the host has waited for its device."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.num_pages = runner.num_pages
+        self.waited_s = 0.0
+        self.steps = 0
+
+    def launch(self, plan: Plan) -> Waiting:
+        self.steps += 1
+        return Waiting(self._runner.launch(plan), self)
 
 
 @dataclass
@@ -71,6 +102,8 @@ class InProcess:
     engine: Engine
     wire: Wire
     vocab_size: int
+    runner: GpuRunner
+    watched: Watched
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _count: int = 0
 
@@ -78,17 +111,21 @@ class InProcess:
         """Queue a request with a random prompt (so that no prefix is found); its id."""
         return self.submit(self._random.choices(range(self.vocab_size), k=prompt_tokens), new_tokens)
 
-    def submit(self, prompt: list[int], new_tokens: int) -> str:
-        """Queue a request; its id."""
+    def submit(self, prompt: list[int], new_tokens: int, **fields: Any) -> str:
+        """Queue a request, with more fields of `GenerationRequest` if given; its id."""
         self._count += 1
         name = str(self._count)
-        self.wire.requests.append(GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new_tokens))
+        self.wire.requests.append(
+            GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new_tokens, **fields)
+        )
         return name
 
     def finish(self) -> None:
         """Step until everything asked for is answered."""
         while self.wire.finished < self._count:
             self.engine.step()
+        errors = [event.error for events in self.wire.events.values() for event in events if event.error]
+        assert not errors, errors[0]
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run every kernel once, the largest step included."""
@@ -125,7 +162,6 @@ def on_gpu(config: EngineConfig, depth: int = 1) -> InProcess:
         DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
     )
     model = load_model(weights, model_config, device, dtype)
-    wire = Wire()
-    return InProcess(
-        Engine(config, GpuRunner(config, model, dtype), wire, depth), wire, model_config.vocab_size
-    )
+    wire, runner = Wire(), GpuRunner(config, model, dtype)
+    watched = Watched(runner)
+    return InProcess(Engine(config, watched, wire, depth), wire, model_config.vocab_size, runner, watched)

@@ -29,6 +29,11 @@ def attention_decode_workspace(
     return torch.zeros(num_bytes, dtype=torch.uint8, device=kv_pages.device)
 
 
+def attention_prefill_workspace(device: torch.device) -> Tensor:
+    """A workspace for `attention_prefill`, of any size; may be used again and again, by one call at a time."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
 def attention_decode(
     q: Tensor,
     kv_pages: Tensor,
@@ -87,13 +92,13 @@ def attention_prefill(
 
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
     may lie apart. query_starts: [seqs + 1] int32. max_query_len: the most queries of a sequence, if known.
-    workspace: two int32 zeros, left as they were; calls that run at once need one each. Without it, one is made.
+    workspace: of `attention_prefill_workspace`, made if not given; calls that run at once need one each.
     The other arguments are those of `attention_decode`. Returns out, like q.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if workspace is None:
-        workspace = torch.zeros(2, dtype=torch.int32, device=q.device)
+        workspace = attention_prefill_workspace(q.device)
     ops.attention_prefill(
         out, q, kv_pages, page_table, query_starts, kv_lens, max_query_len, scale, window, softcap,
         alibi_slopes, sinks, k_scale, v_scale, workspace,

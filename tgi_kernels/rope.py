@@ -33,7 +33,8 @@ def rotary_kv_write(
     """Rotates q in place; writes the rotated k, and v, to their slots of the KV cache. k stays as it is.
 
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. All three may be views of one buffer: a
-    token's heads are contiguous, tokens may lie apart. kv_pages: [pages, 2, kv_heads, 16, head_dim].
+    token's heads are contiguous, tokens may lie apart. kv_pages: [pages, 2, kv_heads, 16, head_dim], of
+    q's type or, beside 16-bit q on GPUs, float8_e4m3fn: rounded to nearest, ±448 where it would be more.
     cos_sin: [positions, rot_dim] float32, rot_dim / 2 cosines and then as many sines; dimensions past rot_dim
     are not rotated. positions: [tokens] int32, rows of cos_sin. slots: [tokens] int64, page · 16 + row, or
     -1: nothing is written.

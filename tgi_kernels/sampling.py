@@ -109,34 +109,44 @@ def sample(
     memory: Tensor | None = None,
     ids: Tensor | None = None,
     logprobs: Tensor | None = None,
+    *,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A token for each row of logits, drawn as the row's settings say, and its log-probability before all of them.
+    """A token for each draw, as its row of settings says, and its log-probability before all of them.
 
-    logits: [draws, vocab] float32, rows contiguous. rows: [draws] int64, each draw's row of `settings`.
+    logits: [draws, vocab], rows contiguous; float32, on GPUs also bfloat16 and float16: the bits are those of the
+    same values in float32. rows: [draws] int64, each draw's row of `settings`.
     positions: [draws] int64, how many tokens are before the one to draw: that many of the row's history are read.
     memory: `workspace(vocab)`, on CPUs. ids: [draws] int64 and logprobs: [draws] float32, allocated when not given.
+    places: [draws] int64, which row of logits, ids and logprobs a draw is of, no two the same; the other rows,
+    of which there may then be more, are left alone. Without it, draw i is of row i.
     Returns (ids, logprobs). The module's docstring defines the result.
     """
     check_shape("logits", logits, ("draws", "vocab"))
-    check_shape("rows", rows, (logits.shape[0],))
-    check_shape("positions", positions, (logits.shape[0],))
+    draws = logits.shape[0] if places is None else len(places)
+    check_shape("rows", rows, (draws,))
+    check_shape("positions", positions, (draws,))
     ids, logprobs = _results(logits, ids, logprobs)
     if logits.is_cuda and not _has_sampler(logits):
-        for part in range(0, len(ids), _GPU_ROWS):
+        where = torch.arange(draws, device=logits.device) if places is None else places
+        for part in range(0, draws, _GPU_ROWS):
             some = slice(part, part + _GPU_ROWS)
-            ids[some], logprobs[some] = composed.sample(logits[some], rows[some], positions[some], settings)
+            at = where[some]
+            ids[at], drawn = composed.sample(logits[at], rows[some], positions[some], settings)
+            logprobs[at] = drawn.float()
         return ids, logprobs
     if memory is None:
         memory = logits.new_empty(0) if logits.is_cuda else workspace(logits.shape[1])
     tables = (settings.numbers, settings.wholes, settings.history, settings.edit_ids, settings.edit_values)
-    ops.sample(logits, rows, positions, *tables, memory, ids, logprobs)
+    ops.sample(logits, rows, positions, *tables, memory, places, ids, logprobs)
     return ids, logprobs
 
 
 def top_logprobs(logits: Tensor, count: int, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `count` likeliest tokens of each row, likeliest first, the lowest id first among equals.
 
-    logits: [rows, vocab] float32, rows contiguous. count: 1 … vocab. memory: `workspace(vocab)`, on CPUs.
+    logits: [rows, vocab], rows contiguous; float32, on GPUs also bfloat16 and float16. count: 1 … vocab.
+    memory: `workspace(vocab)`, on CPUs.
     Returns ids [rows, count] int64 and log-probabilities [rows, count] float32; where a row has fewer logits above
     −∞, the id is −1.
     """
@@ -146,7 +156,8 @@ def top_logprobs(logits: Tensor, count: int, memory: Tensor | None = None) -> tu
             f"count is {count}; 1 to {logits.shape[1]}, the size of the vocabulary, are possible"
         )
     if logits.is_cuda:
-        return composed.top_logprobs(logits, count)
+        ids, logprobs = composed.top_logprobs(logits, count)
+        return ids, logprobs.float()
     shape = (logits.shape[0], count)
     ids, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
     ops.top_logprobs(logits, workspace(logits.shape[1]) if memory is None else memory, ids, logprobs)
@@ -156,7 +167,7 @@ def top_logprobs(logits: Tensor, count: int, memory: Tensor | None = None) -> tu
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """[rows] float32: the log-probability of token ids[row] in each row of logits.
 
-    logits: [rows, vocab] float32, rows contiguous. ids: [rows] int64.
+    logits: [rows, vocab], rows contiguous; float32, on GPUs also bfloat16 and float16. ids: [rows] int64.
     """
     check_shape("logits", logits, ("rows", "vocab"))
     check_shape("ids", ids, (logits.shape[0],))

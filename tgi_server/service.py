@@ -15,7 +15,6 @@ from aiohttp import web
 from tgi_server.config import EngineConfig, ServerConfig
 from tgi_server.configure import check_checkpoint, configurations
 from tgi_server.engine.launch import EngineProcess, start_engine
-from tgi_server.engine.request import honoured_on
 from tgi_server.errors import StartupError
 from tgi_server.http.app import make_app, package_version
 from tgi_server.http.ops import make_metrics_app
@@ -74,8 +73,7 @@ class _Service:
             loop.add_signal_handler(number, log.info, said)
         _allow_many_connections(self._config.max_queue)
         engine = await start_engine(self._engine_config)
-        honoured = honoured_on(self._engine_config.device)
-        app = make_app(self._config, engine.client, self._text, honoured=honoured, tracer=self._tracer)
+        app = make_app(self._config, engine.client, self._text, tracer=self._tracer)
         runners = [make_runner(app)]
         if self._config.prometheus_port is not None:
             runners.append(web.AppRunner(make_metrics_app(app), access_log=None))

@@ -24,6 +24,8 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
 }
 
 inline void check_launch(cudaError_t error, const char* op) {
+  // Forgotten, if it can be: else whoever launches next and looks would take it for its own.
+  if (error != cudaSuccess) cudaGetLastError();
   check(error == cudaSuccess, op, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 

@@ -11,8 +11,8 @@ namespace tgi {
 
 inline constexpr int kPageTokens = 16;
 
-// Rotates q in place, writes rotated k and v to their slots. q, k, v and the pages share a dtype; strides are
-// in elements and between tokens: heads and head_dim are contiguous.
+// Rotates q in place, writes rotated k and v to their slots. q, k and v share a dtype, which the pages have too
+// unless they are e4m3; strides are in elements and between tokens: heads and head_dim are contiguous.
 struct RotaryParams {
   void* q;                   // [tokens, heads, head_dim]
   const void* k;             // [tokens, kv_heads, head_dim]
@@ -29,6 +29,7 @@ struct RotaryParams {
   float eps;
   bool interleaved;  // pairs are (2i, 2i+1) instead of (i, i + rot_dim/2)
   bool aligned;      // every head starts on 16 bytes
+  bool e4m3;         // the pages are float8: largest value 448, at which what is larger is kept
 };
 
 inline constexpr int kRotaryMaxHeadDim = 512;

@@ -32,7 +32,13 @@ void rotary_kv_write_cuda(const Tensor& q, const Tensor& k, const Tensor& v, con
   check_heads(q, q, tokens, heads, head_dim, "q");
   check_heads(k, q, tokens, kv_heads, head_dim, "k");
   check_heads(v, q, tokens, kv_heads, head_dim, "v");
-  check_rows(kv_pages, q, "kv_pages");
+  const bool e4m3 = kv_pages.scalar_type() == ScalarType::Float8_e4m3fn;
+  check(!e4m3 || q.scalar_type() != ScalarType::Float,
+        "kv_pages is float8 and q float32; it needs to be of 16 bits");
+  if (e4m3)
+    check_cuda(kv_pages, ScalarType::Float8_e4m3fn, "kv_pages");
+  else
+    check_rows(kv_pages, q, "kv_pages");
   check_shape(kv_pages, {kv_pages.size(0), 2, kv_heads, kPageTokens, head_dim}, "kv_pages");
   check(kv_pages.is_contiguous(), "kv_pages is not contiguous");
   check_cuda(cos_sin, ScalarType::Float, "cos_sin");
@@ -72,6 +78,7 @@ void rotary_kv_write_cuda(const Tensor& q, const Tensor& k, const Tensor& v, con
                                   is_aligned(k.const_data_ptr(), k.stride(0) * bytes) &&
                                   is_aligned(v.const_data_ptr(), v.stride(0) * bytes) &&
                                   is_aligned(kv_pages.const_data_ptr()),
+                       .e4m3 = e4m3,
                    },
                    dtype, stream_of(q)),
                "rotary_kv_write");

@@ -1,4 +1,6 @@
 // Rotary embedding fused with the write to the KV pages. Su et al. 2021, arXiv:2104.09864.
+#include <cuda_fp8.h>
+
 #include "common/dispatch.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
@@ -41,10 +43,21 @@ __device__ __forceinline__ float element_of(const typename RunOf<T, kWidth>::typ
 
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_run(T* to, const float (&x)[kWidth]) {
-  if constexpr (kWidth == 1)
+  if constexpr (__is_same(T, __nv_fp8_storage_t)) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      word |= uint32_t{__nv_cvt_float_to_fp8(x[i], __NV_SATFINITE, __NV_E4M3)} << 8 * i;
+    }
+    if constexpr (kWidth == 1)
+      *to = static_cast<T>(word);
+    else
+      *reinterpret_cast<uint32_t*>(to) = word;
+  } else if constexpr (kWidth == 1) {
     *to = from_float<T>(x[0]);
-  else
+  } else {
     store(to, pack<T>(x));
+  }
 }
 
 // kWidth angles' cosines or sines.
@@ -103,7 +116,7 @@ __device__ __forceinline__ void rotate(float (&low)[kWidth], float (&high)[kWidt
 }
 
 // One CTA a token, 2^log_lanes lanes a head; a thread keeps its sines and cosines for all its heads.
-template <typename T, bool kVector, bool kNorm>
+template <typename T, typename Cache, bool kVector, bool kNorm>
 __global__ void __launch_bounds__(kThreads, kVector ? (kNorm || sizeof(T) == 4 ? 4 : 5) : 1)
     rotary_kv_write_kernel(const RotaryParams p, int log_lanes) {
   using S = Shape<kVector>;
@@ -148,8 +161,9 @@ __global__ void __launch_bounds__(kThreads, kVector ? (kNorm || sizeof(T) == 4 ?
   }
   // A page holds the heads of k, then those of v, one numbering again.
   const int head_elements = kPageTokens * p.head_dim;
-  T* kv = static_cast<T*>(p.kv_pages) + (slot / kPageTokens * 2 * p.kv_heads - p.heads) * head_elements +
-          slot % kPageTokens * p.head_dim;
+  Cache* kv = static_cast<Cache*>(p.kv_pages) +
+              (slot / kPageTokens * 2 * p.kv_heads - p.heads) * head_elements +
+              slot % kPageTokens * p.head_dim;
 
   // Uniform over the warp, as the norm's shuffles need.
   for (int base = 0; base < all_heads; base += kHeads * groups) {
@@ -176,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, kVector ? (kNorm || sizeof(T) == 4 ?
       if (head >= all_heads || (slot < 0 && !is_q)) continue;
       const T* norm = static_cast<const T*>(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
       const float scale = kNorm ? rsqrtf(squares / p.head_dim + p.eps) : 1.0f;
-      T* to = is_q ? q + head * p.head_dim : kv + static_cast<int64_t>(head) * head_elements;
+      T* to_q = q + head * p.head_dim;
+      Cache* to_kv = kv + static_cast<int64_t>(head) * head_elements;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         if (!unit[u].exists) continue;
@@ -188,8 +203,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? (kNorm || sizeof(T) == 4 ?
           }
         }
         if (!is_v && unit[u].pair >= 0) rotate(low[u], high[u], cosine[u], sine[u], p.interleaved);
-        store_run(to + unit[u].low, low[u]);
-        store_run(to + unit[u].high, high[u]);
+        if (is_q) {
+          store_run(to_q + unit[u].low, low[u]);
+          store_run(to_q + unit[u].high, high[u]);
+        } else {
+          store_run(to_kv + unit[u].low, low[u]);
+          store_run(to_kv + unit[u].high, high[u]);
+        }
       }
     }
   }
@@ -197,13 +217,13 @@ __global__ void __launch_bounds__(kThreads, kVector ? (kNorm || sizeof(T) == 4 ?
 
 // ---- host ----
 
-template <typename T, bool kVector>
+template <typename T, typename Cache, bool kVector>
 cudaError_t launch_rotary(const RotaryParams& p, cudaStream_t stream) {
   const int units = p.head_dim / (2 * Shape<kVector>::kWidth);
   int log_lanes = 0;
   while (1 << log_lanes < units && log_lanes < 5) ++log_lanes;
-  const auto kernel = p.q_norm || p.k_norm ? rotary_kv_write_kernel<T, kVector, true>
-                                           : rotary_kv_write_kernel<T, kVector, false>;
+  const auto kernel = p.q_norm || p.k_norm ? rotary_kv_write_kernel<T, Cache, kVector, true>
+                                           : rotary_kv_write_kernel<T, Cache, kVector, false>;
   return launch(kernel, dim3(static_cast<unsigned>(p.tokens)), kThreads, 0, stream, p, log_lanes);
 }
 
@@ -212,10 +232,16 @@ cudaError_t launch_rotary(const RotaryParams& p, cudaStream_t stream) {
 cudaError_t rotary_kv_write(const RotaryParams& p, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   if (p.head_dim > kRotaryMaxHeadDim || p.head_dim % 2 || p.rot_dim % 2) return cudaErrorInvalidValue;
-  return by_dtype(dtype, [&]<typename T>() {
-    const bool whole_runs = p.rot_dim % 8 == 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxVectorHeadDim;
-    return p.aligned && whole_runs ? launch_rotary<T, true>(p, stream) : launch_rotary<T, false>(p, stream);
-  });
+  const bool whole_runs = p.rot_dim % 8 == 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxVectorHeadDim;
+  const auto launch_for = [&]<typename T, typename Cache>() {
+    return p.aligned && whole_runs ? launch_rotary<T, Cache, true>(p, stream)
+                                   : launch_rotary<T, Cache, false>(p, stream);
+  };
+  if (p.e4m3) {
+    return by_half_dtype(
+        dtype, [&]<typename T>() { return launch_for.template operator()<T, __nv_fp8_storage_t>(); });
+  }
+  return by_dtype(dtype, [&]<typename T>() { return launch_for.template operator()<T, T>(); });
 }
 
 }  // namespace tgi

@@ -1,6 +1,7 @@
 // Penalties, biases, masks and watermark, on the part of a row of scores that a CTA keeps in shared memory.
 #pragma once
 
+#include "common/vec.cuh"
 #include "sampling/cuda.h"
 #include "sampling/noise.cuh"
 
@@ -54,7 +55,8 @@ __device__ __forceinline__ void for_past(const Draw& draw, const Slice& slice, i
 
 // Once for each token of the past. While they are counted, scores of such tokens hold the counts; whoever
 // marks a token as done first puts its score back, from the logits.
-__device__ __forceinline__ void penalise(const Draw& draw, const Slice& slice, const float* logits) {
+template <typename T>
+__device__ __forceinline__ void penalise(const Draw& draw, const Slice& slice, const T* logits) {
   for (int i = threadIdx.x; i < (slice.size + 31) / 32; i += blockDim.x) slice.done[i] = 0;
   uint32_t* counts = reinterpret_cast<uint32_t*>(slice.scores);
   for_past(draw, slice, 0, [&](int at) { counts[at] = 0; });
@@ -65,7 +67,7 @@ __device__ __forceinline__ void penalise(const Draw& draw, const Slice& slice, c
     const uint32_t bit = 1u << at % 32;
     if (atomicOr(slice.done + at / 32, bit) & bit) return;
     const uint32_t count = counts[at];
-    float score = logits[slice.begin + at];
+    float score = to_float(logits[slice.begin + at]);
     const float repetition = draw.numbers[kRepetition];
     score = score > 0.0f ? score / repetition : score * repetition;
     score = __fsub_rn(score, __fmul_rn(static_cast<float>(count), draw.numbers[kFrequency]));
@@ -103,7 +105,8 @@ __device__ __forceinline__ void watermark(const Draw& draw, const Slice& slice) 
 }
 
 // Turns the logits in the slice into what the tokens score. Begins and ends with all threads past a barrier.
-__device__ __forceinline__ void adjust(const Draw& draw, const Slice& slice, const float* logits) {
+template <typename T>
+__device__ __forceinline__ void adjust(const Draw& draw, const Slice& slice, const T* logits) {
   if (draw.penalised()) penalise(draw, slice, logits);
   if (draw.wholes[kEdits] > 0) edit(draw, slice);
   if (draw.numbers[kWatermark] != 0.0f) watermark(draw, slice);

@@ -147,7 +147,8 @@ TGI_INLINE void adjust(const Row& row, const float* logits, float* scores, int32
 void sample(const SampleParams& p) {
   for_rows(p.draws, p.workers, p.workspace, p.vocab, [&](int64_t draw_index, const Workspace& workspace) {
     const Row row = Row::of(p, draw_index);
-    const float* logits = p.logits + draw_index * p.stride;
+    const int64_t place = p.places ? p.places[draw_index] : draw_index;
+    const float* logits = p.logits + place * p.stride;
     Scores scores{logits, workspace.maxima, p.vocab, 0.0f};
     float most;
     if (row.adjusted()) {
@@ -158,8 +159,8 @@ void sample(const SampleParams& p) {
     } else {
       most = scores.largest = block_maxima(logits, p.vocab, workspace.maxima);
     }
-    int64_t& id = p.ids[draw_index];
-    float& logprob = p.logprobs[draw_index];
+    int64_t& id = p.ids[place];
+    float& logprob = p.logprobs[place];
     if (scores.largest == -__builtin_inff()) {
       id = 0;
       logprob = __builtin_nanf("");

@@ -31,9 +31,10 @@ enum Number {
 enum Whole { kTopK, kSeed, kChoice, kPromptTokens, kMinNewTokens, kEdits, kWholes };
 
 struct SampleParams {
-  const float* logits;  // [draws, vocab], rows stride apart
+  const float* logits;  // [logit rows, vocab], rows stride apart
   int64_t stride;
   int64_t draws;
+  const int64_t* places;  // [draws]: which row of logits, ids and logprobs; null: one after the other
   int64_t vocab;
   const int64_t* rows;       // [draws]: which row of the tables below
   const int64_t* positions;  // [draws]: of the token to draw, as many come before it
@@ -46,8 +47,8 @@ struct SampleParams {
   int64_t edits;
   unsigned char* workspace;  // [workers, workspace_bytes(vocab)]
   int64_t workers;
-  int64_t* ids;     // [draws]
-  float* logprobs;  // [draws]
+  int64_t* ids;     // [logit rows]
+  float* logprobs;  // [logit rows]
 };
 
 struct TopLogprobsParams {

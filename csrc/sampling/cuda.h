@@ -37,9 +37,10 @@ enum Whole { kTopK, kSeed, kChoice, kPromptTokens, kMinNewTokens, kEdits, kWhole
 
 // Draws a token for each row of logits. The definition is in tgi_kernels/sampling.py.
 struct SampleParams {
-  const float* logits;  // [draws, vocab], rows stride apart
+  const void* logits;  // [logit rows, vocab], rows stride apart
   int64_t stride;
   int64_t draws;
+  const int64_t* places;  // [draws]: which row of logits, ids and logprobs; null: one after the other
   int vocab;
   bool aligned;              // as of GreedyParams
   const int64_t* rows;       // [draws]: which row of the tables below
@@ -51,15 +52,15 @@ struct SampleParams {
   const int32_t* edit_ids;   // [rows, edits]: tokens whose logits are changed …
   const float* edit_values;  // … by these; −∞ holds for the first min-new-tokens only
   int64_t edits;
-  int64_t* ids;     // [draws]
-  float* logprobs;  // [draws]
+  int64_t* ids;     // [logit rows]
+  float* logprobs;  // [logit rows]
 };
 
 // The largest vocabulary that a cluster's shared memory holds.
 inline constexpr int kSampleMaxVocab = 400 * 1024;
 
 // A cluster of eight CTAs a row; Hopper only.
-cudaError_t sample_sm90(const SampleParams& params, cudaStream_t stream);
+cudaError_t sample_sm90(const SampleParams& params, DType dtype, cudaStream_t stream);
 
 // One CTA a row.
 cudaError_t greedy_sm80(const GreedyParams& params, DType dtype, cudaStream_t stream);

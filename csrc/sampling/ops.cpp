@@ -47,8 +47,8 @@ void greedy_cpu(const Tensor& logits, const Tensor& ids, const Tensor& logprobs)
 
 void sample_cpu(const Tensor& logits, const Tensor& rows, const Tensor& positions, const Tensor& numbers,
                 const Tensor& wholes, const Tensor& history, const Tensor& edit_ids,
-                const Tensor& edit_values, const Tensor& workspace, const Tensor& ids,
-                const Tensor& logprobs) {
+                const Tensor& edit_values, const Tensor& workspace, const std::optional<Tensor>& places,
+                const Tensor& ids, const Tensor& logprobs) {
   const Logits from = read_logits(logits);
   check_dims(numbers, 2, "numbers");
   check_dims(history, 2, "history");
@@ -59,13 +59,15 @@ void sample_cpu(const Tensor& logits, const Tensor& rows, const Tensor& position
   check_shape(history, {table_rows, history_size}, "history");
   check_shape(edit_ids, {table_rows, edits}, "edit_ids");
   check_shape(edit_values, {table_rows, edits}, "edit_values");
-  for (const Tensor* tensor : {&rows, &positions, &ids, &logprobs})
-    check_shape(*tensor, {from.rows}, "a draw's");
+  const int64_t draws = places.has_value() ? places->numel() : from.rows;
+  for (const Tensor* tensor : {&rows, &positions}) check_shape(*tensor, {draws}, "a draw's");
+  for (const Tensor* tensor : {&ids, &logprobs}) check_shape(*tensor, {from.rows}, "a result");
   const Workers workers = read_workspace(workspace, from.vocab);
   const SampleParams params{
       .logits = from.data,
       .stride = from.stride,
-      .draws = from.rows,
+      .draws = draws,
+      .places = read_optional<int64_t>(places, "places"),
       .vocab = from.vocab,
       .rows = read<int64_t>(rows, "rows"),
       .positions = read<int64_t>(positions, "positions"),
@@ -83,6 +85,9 @@ void sample_cpu(const Tensor& logits, const Tensor& rows, const Tensor& position
   };
   for (int64_t draw = 0; draw < params.draws; ++draw) {
     const int64_t row = params.rows[draw], position = params.positions[draw];
+    const int64_t place = params.places ? params.places[draw] : draw;
+    check(place >= 0 && place < from.rows, "places[", draw, "] is ", place, "; there are ", from.rows,
+          " rows of logits");
     check(row >= 0 && row < table_rows, "rows[", draw, "] is ", row, "; the tables have ", table_rows,
           " rows");
     check(position >= 0 && position <= history_size, "positions[", draw, "] is ", position,
@@ -143,8 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def("greedy(Tensor logits, Tensor(a!) ids, Tensor(b!) logprobs) -> ()");
   m.def(
       "sample(Tensor logits, Tensor rows, Tensor positions, Tensor numbers, Tensor wholes, Tensor history, "
-      "Tensor edit_ids, Tensor edit_values, Tensor(a!) workspace, Tensor(b!) ids, Tensor(c!) logprobs) -> "
-      "()");
+      "Tensor edit_ids, Tensor edit_values, Tensor(a!) workspace, Tensor? places, Tensor(b!) ids, "
+      "Tensor(c!) logprobs) -> ()");
   m.def("top_logprobs(Tensor logits, Tensor(a!) workspace, Tensor(b!) ids, Tensor(c!) logprobs) -> ()");
   m.def("token_logprobs(Tensor logits, Tensor ids, Tensor(a!) logprobs) -> ()");
 }

@@ -55,16 +55,16 @@ void greedy_cuda(const Tensor& logits, const Tensor& ids, const Tensor& logprobs
 
 void sample_cuda(const Tensor& logits, const Tensor& rows, const Tensor& positions, const Tensor& numbers,
                  const Tensor& wholes, const Tensor& history, const Tensor& edit_ids,
-                 const Tensor& edit_values, const Tensor& /* workspace */, const Tensor& ids,
-                 const Tensor& logprobs) {
+                 const Tensor& edit_values, const Tensor& /* workspace */,
+                 const std::optional<Tensor>& places, const Tensor& ids, const Tensor& logprobs) {
   check_dims(logits, 2, "logits");
   check_dims(numbers, 2, "numbers");
   check_dims(history, 2, "history");
   check_dims(edit_ids, 2, "edit_ids");
-  const int64_t draws = logits.size(0), vocab = logits.size(1);
+  const int64_t logit_rows = logits.size(0), vocab = logits.size(1);
+  const int64_t draws = places.has_value() ? places->numel() : logit_rows;
   const int64_t table_rows = numbers.size(0), history_size = history.size(1), edits = edit_ids.size(1);
-  check_cuda(logits, ScalarType::Float, "logits");
-  check(logits.stride(1) == 1, "logits: its rows are not contiguous");
+  check_rows(logits, logits, "logits");
   check(vocab > 0 && vocab <= kSampleMaxVocab, "logits has ", vocab, " columns; 1 to ", kSampleMaxVocab,
         " fit");
   check_shape(numbers, {table_rows, kNumbers}, "numbers");
@@ -72,13 +72,16 @@ void sample_cuda(const Tensor& logits, const Tensor& rows, const Tensor& positio
   check_shape(history, {table_rows, history_size}, "history");
   check_shape(edit_ids, {table_rows, edits}, "edit_ids");
   check_shape(edit_values, {table_rows, edits}, "edit_values");
-  for (const Tensor* tensor : {&rows, &positions, &ids, &logprobs}) check_shape(*tensor, {draws}, "a draw's");
+  for (const Tensor* tensor : {&rows, &positions}) check_shape(*tensor, {draws}, "a draw's");
+  for (const Tensor* tensor : {&ids, &logprobs}) check_shape(*tensor, {logit_rows}, "a result");
+  const DType dtype = dtype_of(logits, "logits");
   const SampleParams params{
-      .logits = static_cast<const float*>(logits.const_data_ptr()),
+      .logits = logits.const_data_ptr(),
       .stride = logits.stride(0),
       .draws = draws,
+      .places = places.has_value() ? data_of<int64_t>(*places, ScalarType::Long, "places") : nullptr,
       .vocab = static_cast<int>(vocab),
-      .aligned = vocab % 4 == 0 && is_aligned(logits.const_data_ptr(), logits.stride(0) * 4),
+      .aligned = vocab % 4 == 0 && is_aligned(logits.const_data_ptr(), logits.stride(0) * bytes_of(dtype)),
       .rows = data_of<int64_t>(rows, ScalarType::Long, "rows"),
       .positions = data_of<int64_t>(positions, ScalarType::Long, "positions"),
       .numbers = data_of<float>(numbers, ScalarType::Float, "numbers"),
@@ -92,7 +95,7 @@ void sample_cuda(const Tensor& logits, const Tensor& rows, const Tensor& positio
       .logprobs = results_of<float>(logprobs, ScalarType::Float, "logprobs"),
   };
 #if defined(TGI_HAVE_SM90)
-  if (has_clusters()) return check_launch(sample_sm90(params, stream_of(logits)), "sample");
+  if (has_clusters()) return check_launch(sample_sm90(params, dtype, stream_of(logits)), "sample");
 #endif
   check(false,
         "sample: this GPU has no clusters of CTAs (Hopper has); tgi_kernels.sampling composes the op "

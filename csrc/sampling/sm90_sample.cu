@@ -1,6 +1,7 @@
 // Drawing tokens on Hopper: a cluster of eight CTAs reads a row once, keeps it in shared memory, and finds
 // there what the filters leave. The definition is in tgi_kernels/sampling.py, the schedule in
 // docs/kernels/sampling.md.
+#include "common/dispatch.cuh"
 #include "common/pdl.cuh"
 #include "sampling/bins.cuh"
 #include "sampling/bits.cuh"
@@ -12,16 +13,44 @@ namespace {
 
 // ---- device ----
 
+// Four logits: as many whatever their type, so that a row's sums have one order and its bits do not depend on
+// the type its values are stored in.
+template <typename T>
+__device__ __forceinline__ Vec<T, 4> load_four(const T* row, int first, int length, bool aligned) {
+  if constexpr (sizeof(T) == 4) {
+    return load_row(row, first, length, aligned, -INFINITY);
+  } else {
+    if (aligned && first < length) {
+      Vec<T, 4> four;
+      asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(four.word[0]), "=r"(four.word[1])
+                   : "l"(row + first));
+      return four;
+    }
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = first + i < length ? to_float(row[first + i]) : -INFINITY;
+    return pack<T>(x);
+  }
+}
+
 // Copies the logits into the slice, a NaN as −∞, and returns this thread's best of them.
-__device__ __forceinline__ Best load_slice(const SampleParams& p, const float* logits, const Slice& slice) {
+template <typename T>
+__device__ __forceinline__ Best load_slice(const SampleParams& p, const T* logits, const Slice& slice) {
   constexpr int kRound = 8;
   const int end = slice.begin + slice.size;
   Best best;
   for (int base = static_cast<int>(threadIdx.x) * 4; base < slice.size; base += kThreads * 4 * kRound) {
+    Vec<T, 4> loaded[kRound];
+#pragma unroll
+    for (int i = 0; i < kRound; ++i) {
+      loaded[i] = load_four(logits, slice.begin + base + i * kThreads * 4, end, p.aligned);
+    }
     Vec<float> round[kRound];
 #pragma unroll
     for (int i = 0; i < kRound; ++i) {
-      round[i] = load_row(logits, slice.begin + base + i * kThreads * 4, end, p.aligned, -INFINITY);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) round[i].word[j] = __float_as_uint(element(loaded[i], j));
     }
     best = best_of_round<float, kThreads>(best, round, slice.begin + base);
 #pragma unroll
@@ -130,6 +159,7 @@ __device__ __forceinline__ int choose(const Row& row, Team& team, uint64_t* keys
 
 // Nothing is done in another CTA's shared memory after the last barrier of the cluster: CTAs may leave as
 // they end.
+template <typename T>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
     sample_kernel(const SampleParams p, int share) {
   extern __shared__ __align__(16) uint8_t dynamic[];  // [share] scores, [kListed] keys, bins
@@ -144,7 +174,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
   auto started = team.cluster.barrier_arrive();  // a CTA's shared memory may be written to once it runs
   wait_for_previous();
   const Draw draw(p, at);
-  const float* logits = p.logits + at * p.stride;
+  const int64_t place = p.places ? p.places[at] : at;
+  const T* logits = static_cast<const T*>(p.logits) + place * p.stride;
   const int begin = min(team.rank * share, p.vocab);
   Row row{.slice = {scores, reinterpret_cast<uint32_t*>(keys), begin, min(share, p.vocab - begin)},
           .weights = {},
@@ -173,8 +204,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
   }
   if (team.rank == 0 && threadIdx.x == 0) {
     const bool chosen = best.logit > -INFINITY;
-    p.ids[at] = chosen ? id : 0;
-    p.logprobs[at] = chosen ? (logits[id] - shared.raw_logit) - logf(shared.raw_mass) : NAN;
+    p.ids[place] = chosen ? id : 0;
+    p.logprobs[place] = chosen ? (to_float(logits[id]) - shared.raw_logit) - logf(shared.raw_mass) : NAN;
   }
 }
 
@@ -182,19 +213,20 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
 
 // ---- host ----
 
-cudaError_t sample_sm90(const SampleParams& p, cudaStream_t stream) {
+cudaError_t sample_sm90(const SampleParams& p, DType dtype, cudaStream_t stream) {
   if (p.draws == 0) return cudaSuccess;
   if (p.vocab > kSampleMaxVocab) return cudaErrorInvalidValue;
   constexpr int kGranule = kCluster * 128;  // the watermark's words begin at multiples of 128 tokens
   const int share = (p.vocab + kGranule - 1) / kGranule * 128;
   const int shared_bytes =
       static_cast<int>(share * sizeof(float) + kListed * sizeof(uint64_t) + sizeof(Bins));
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
-    return error;
-  }
-  return launch(sample_kernel, dim3(static_cast<unsigned>(p.draws * kCluster)), kThreads, shared_bytes,
-                stream, p, share);
+  return by_dtype(dtype, [&]<typename T>() {
+    const cudaError_t error =
+        cudaFuncSetAttribute(sample_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    return launch(sample_kernel<T>, dim3(static_cast<unsigned>(p.draws * kCluster)), kThreads, shared_bytes,
+                  stream, p, share);
+  });
 }
 
 }  // namespace tgi

@@ -379,6 +379,21 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
         sampling.token_logprobs(logits, zeros + 8)
 
 
+@pytest.mark.usefixtures("isa")
+def test_draws_of_some_rows_leave_the_others_alone(noise: torch.Generator) -> None:
+    logits, tables = normal(noise, 9, 300), settings_of(9, temperature=1.0, top_k=20)
+    places, rows = torch.tensor([7, 0, 4]), torch.tensor([2, 8, 5])
+    positions = torch.zeros(3, dtype=torch.int64)
+    want_ids, want = sampling.sample(logits[places], rows, positions, tables)
+    ids, logprobs = torch.full((9,), -7), torch.full((9,), -7.0)
+    sampling.sample(logits, rows, positions, tables, ids=ids, logprobs=logprobs, places=places)
+    assert torch.equal(ids[places], want_ids) and torch.equal(logprobs[places], want)
+    others = [i for i in range(9) if i not in places.tolist()]
+    assert (ids[others] == -7).all() and (logprobs[others] == -7.0).all()
+    with pytest.raises(RuntimeError, match=r"places\[1\] is 9; there are 9 rows of logits"):
+        sampling.sample(logits, rows, positions, tables, places=torch.tensor([0, 9, 1]))
+
+
 def test_the_schemas_of_sampling_tell_what_is_written(noise: torch.Generator) -> None:
     logits, tables = normal(noise, 3, 100), settings_of(3, temperature=1.0)
     rows, memory = torch.arange(3), sampling.workspace(100).zero_()
@@ -387,7 +402,9 @@ def test_the_schemas_of_sampling_tell_what_is_written(noise: torch.Generator) ->
     # What a worker leaves in its workspace depends on who took which row.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.sample, (logits, rows, torch.zeros_like(rows), *columns, memory, ids, logprobs), test_utils=tests
+        ops.sample,
+        (logits, rows, torch.zeros_like(rows), *columns, memory, rows, ids, logprobs),
+        test_utils=tests,
     )
     torch.library.opcheck(
         ops.top_logprobs, (logits, memory, ids.new_empty(3, 4), torch.empty(3, 4)), test_utils=tests

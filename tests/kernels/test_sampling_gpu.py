@@ -187,6 +187,40 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         assert one == ids[alone] and its == logprobs[alone]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1000, 50257, 128256])
+def test_a_draw_from_16_bit_logits_has_the_bits_of_their_values_in_float32(
+    dtype: torch.dtype, vocab: int
+) -> None:
+    logits = (torch.randn(20, vocab, device="cuda") * 3).to(dtype)
+    settings = on_gpu(
+        settings_of(
+            20,
+            9,
+            temperature=[0.0, 1.0, 0.7, 1.2] * 5,
+            top_p=[1.0, 0.9] * 10,
+            top_k=[0, 50, 0, 0, 0] * 4,
+            repetition_penalty=[1.0, 1.0, 1.3, 1.0] * 5,
+        )
+    )
+    rows, positions = torch.arange(20, device="cuda"), torch.arange(20, device="cuda") % 9
+    ids, logprobs = sampling.sample(logits, rows, positions, settings)
+    wide_ids, wide_logprobs = sampling.sample(logits.float(), rows, positions, settings)
+    assert torch.equal(ids, wide_ids) and torch.equal(logprobs, wide_logprobs)
+
+
+def test_draws_of_some_rows_are_those_of_these_rows_alone() -> None:
+    logits = torch.randn(40, 128256, device="cuda", dtype=torch.bfloat16)
+    settings = on_gpu(settings_of(40, 9, temperature=1.0, top_p=0.95))
+    places = torch.tensor([39, 3, 17], device="cuda")
+    rows, positions = torch.tensor([5, 0, 33], device="cuda"), torch.tensor([1, 8, 9], device="cuda")
+    want_ids, want = sampling.sample(logits[places], rows, positions, settings)
+    ids, logprobs = torch.full((40,), -7, device="cuda"), torch.full((40,), -7.0, device="cuda")
+    sampling.sample(logits, rows, positions, settings, ids=ids, logprobs=logprobs, places=places)
+    assert torch.equal(ids[places], want_ids) and torch.equal(logprobs[places], want)
+    assert (ids == -7).sum() == (logprobs == -7.0).sum() == 37
+
+
 def test_draws_follow_the_distribution() -> None:
     draws, vocab = 200_000, 24
     logits = torch.randn(1, vocab, device="cuda")

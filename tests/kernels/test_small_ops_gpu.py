@@ -157,3 +157,29 @@ def test_rotation_and_kv_write_follow_the_oracle(
     written[slots[slots >= 0]] = True
     untouched = ~written.view(-1, 1, 1, 16, 1).expand_as(pages)
     assert torch.equal(pages[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "rot_dim"), [(128, 128), (64, 32), (80, 80), (36, 34)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_keys_and_values_go_to_a_float8_cache_rounded_once_and_bounded(
+    dtype: torch.dtype, head_dim: int, rot_dim: int, normed: bool
+) -> None:
+    q, k, v, pages, cos_sin, positions, slots = rotary_case(dtype, 19, 8, 2, head_dim, rot_dim)
+    v[0] *= 1e5
+    narrow = torch.zeros(pages.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    norms = (
+        {"q_norm": random(head_dim, dtype=dtype), "k_norm": random(head_dim, dtype=dtype)} if normed else {}
+    )
+    exact_q, exact = rope_reference.rotary_kv_write(
+        q, k, v, narrow.double(), cos_sin, positions, slots, **norms
+    )
+    rope.rotary_kv_write(q, k, v, narrow, cos_sin, positions, slots, **norms)
+    ours = narrow.double()
+    # Half a step: 2^-4 of the value, or of the smallest normal number, 2^-6.
+    bounded = exact.clamp(-448, 448)
+    assert ((ours - bounded).abs() <= (bounded.abs() * 2**-4).clamp(min=2**-10) * 1.01).all()
+    assert ours.isfinite().all() and ours.abs().max() == 448
+    step = torch.finfo(dtype).eps
+    scale = exact_q.abs().amax(-1, keepdim=True).expand_as(exact_q)
+    assert ((q.double() - exact_q).abs() <= step * scale).all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
+from tgi_server.engine.failures import DeviceLost
 from tgi_server.engine.gpu_runner import GpuRunner
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
@@ -52,7 +54,7 @@ def main() -> int:
 
 
 def _serve(config: EngineConfig, channel: Channel) -> int:
-    """Load the model and compute until the front end is gone (PeerGone); 1 if the model cannot be loaded."""
+    """Load the model and compute until the front end is gone (PeerGone); 1 if there is nothing to compute with."""
     channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
     try:
         if config.device == "cpu":
@@ -73,7 +75,13 @@ def _serve(config: EngineConfig, channel: Channel) -> int:
     gc.collect()
     gc.freeze()
     # While the GPU computes a step the next one is planned; a CPU has nothing to overlap.
-    Engine(config, runner, channel, depth=0 if config.device == "cpu" else 1).run()
+    try:
+        Engine(config, runner, channel, depth=0 if config.device == "cpu" else 1).run()
+    except DeviceLost as error:
+        log.critical("%s", error)
+        channel.send(EngineStatus(phase="failed", detail=str(error)))
+        # At once: what Python and torch would free on their way out can only fail, and may hang.
+        os._exit(1)
     return 0
 
 

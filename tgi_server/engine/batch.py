@@ -22,29 +22,29 @@ Ints = NDArray[np.integer[Any]]
 class HostBatch:
     """The fields of `layers.batch.Batch`, and where tables that live as long as a sequence are read and written."""
 
-    token_ids: Ints  # [tokens], 0 where an earlier step sampled the id
-    positions: Ints  # [tokens]
+    token_ids: Ints  # [tokens] int64, 0 where an earlier step sampled the id
+    positions: Ints  # [tokens] int32
     adapters: NDArray[np.int32]  # [tokens]: what each goes through; 0: none
-    slots: Ints  # [tokens]
+    slots: Ints  # [tokens] int64
     page_table: NDArray[np.int32]  # [seqs, pages of the longest]
-    query_starts: Ints  # [seqs + 1]
-    kv_lens: Ints  # [seqs]
-    logit_rows: Ints  # [logit rows]
-    rows: Ints  # [seqs]: each sequence's row
-    fed_at: Ints  # [fed]: the tokens whose ids an earlier step sampled …
-    fed_rows: Ints  # [fed]: … for these rows
-    sampling_rows: Ints  # [logit rows]: the row behind each row of logits
+    query_starts: Ints  # [seqs + 1] int32
+    kv_lens: Ints  # [seqs] int32
+    logit_rows: Ints  # [logit rows] int64
+    rows: Ints  # [seqs] int64: each sequence's row
+    fed_at: Ints  # [fed] int64: the tokens whose ids an earlier step sampled …
+    fed_rows: Ints  # [fed] int64: … for these rows
+    sampling_rows: Ints  # [logit rows] int32: the row behind each row of logits
 
     def on_cpu(self) -> Batch:
         return Batch(
             token_ids=torch.from_numpy(self.token_ids),
-            positions=torch.from_numpy(self.positions.astype(np.int32)).unsqueeze(0),
+            positions=torch.from_numpy(self.positions).unsqueeze(0),
             adapters=torch.from_numpy(self.adapters),
             slots=torch.from_numpy(self.slots),
             attend=AnySequences(
                 torch.from_numpy(self.page_table),
-                torch.from_numpy(self.query_starts.astype(np.int32)),
-                torch.from_numpy(self.kv_lens.astype(np.int32)),
+                torch.from_numpy(self.query_starts),
+                torch.from_numpy(self.kv_lens),
             ),
             logit_rows=torch.from_numpy(self.logit_rows),
         )
@@ -80,17 +80,17 @@ class BatchBuilder:
         kv_lens = starts + counts
         return HostBatch(
             token_ids=_token_ids(plan),
-            positions=positions,
+            positions=positions.astype(np.int32),
             adapters=adapters[sequence_of],
             slots=pages * PAGE_TOKENS + positions % PAGE_TOKENS,
             page_table=self._pages[rows, : -(-int(kv_lens.max()) // PAGE_TOKENS)],
-            query_starts=query_starts,
-            kv_lens=kv_lens,
+            query_starts=query_starts.astype(np.int32),
+            kv_lens=kv_lens.astype(np.int32),
             logit_rows=last[samples],
             rows=rows,
             fed_at=last[fed],
             fed_rows=rows[fed],
-            sampling_rows=rows[samples],
+            sampling_rows=rows[samples].astype(np.int32),
         )
 
 

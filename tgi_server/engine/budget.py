@@ -57,15 +57,27 @@ class TokenBudget:
     def __init__(self, target_s: float, max_batch_tokens: int) -> None:
         self._target_s = target_s
         self._max_batch_tokens = max_batch_tokens
+        self._fitting = max_batch_tokens  # prompt tokens that the device's memory was not too small for
         self._times = StepTimes()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
         self._times.observe(tokens, seconds)
+        if tokens >= self._fitting:  # else it says nothing of what would fit
+            self._fitting = min(self._max_batch_tokens, self._fitting + _SMALLEST_CHUNK)
+
+    def shrink(self, prompt_tokens: int) -> bool:
+        """A step with so many found too little memory: later ones get half, and more again with every step of
+        that size. False if they cannot get fewer.
+        """
+        if prompt_tokens <= _SMALLEST_CHUNK:
+            return False
+        self._fitting = max(_SMALLEST_CHUNK, prompt_tokens // 2)
+        return True
 
     def prompt_tokens(self, decoding: int) -> int:
         """Tokens left for prompts in a step in which `decoding` sequences get one token each."""
-        most = self._max_batch_tokens - decoding
+        most = min(self._max_batch_tokens - decoding, self._fitting)
         line = self._times.line()
         if decoding == 0 or line is None:
             return most

@@ -26,6 +26,7 @@ from tgi_server.errors import ErrorKind, UserError
 _FAILURES: Final = {
     FinishReason.REJECTED: ErrorKind.OVERLOADED,
     FinishReason.WAITED: ErrorKind.WAITED,
+    FinishReason.EXHAUSTED: ErrorKind.UNAVAILABLE,
     FinishReason.FAILED: ErrorKind.GENERATION,
 }
 
@@ -77,8 +78,8 @@ class EngineClient:
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Generate; the last event has `finish` set. Closing the generator early cancels the request.
 
-        Raises UserError: UNAVAILABLE if the engine is not ready or ends, OVERLOADED if it refuses the request,
-        WAITED if it did not begin it in time, GENERATION if computing it failed.
+        Raises UserError: UNAVAILABLE if the engine is not ready, ends or lacks memory, OVERLOADED if it refuses the
+        request, WAITED if it did not begin it in time, GENERATION if computing it failed.
         """
         self._require_ready()
         inbox: asyncio.Queue[TokenEvent | UserError] = asyncio.Queue()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from tgi_server.config import EngineConfig
+from tgi_server.engine.failures import DeviceLost, OutOfDeviceMemory
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.request import (
@@ -50,7 +51,11 @@ class Runner(Protocol):
     num_pages: int  # of KV cache, what the device has room for
 
     def launch(self, plan: Plan) -> Launched:
-        """Start computing; returns at once where the device is asynchronous."""
+        """Start computing; returns at once where the device is asynchronous.
+
+        Raises OutOfDeviceMemory if the step was not computed for lack of it; DeviceLost, as results may, if no step
+        ever will be again.
+        """
 
 
 @dataclass
@@ -104,7 +109,7 @@ class Engine:
         self._status_at = 0.0
 
     def run(self) -> None:
-        """Serve until the front end is gone (PeerGone)."""
+        """Serve until the front end is gone (PeerGone), or the device (DeviceLost)."""
         while True:
             self.step()
 
@@ -134,12 +139,18 @@ class Engine:
     def _launch(self, plan: Plan) -> None:
         try:
             self._under_way.append((plan, self._runner.launch(plan)))
+        except DeviceLost:
+            raise
+        except OutOfDeviceMemory as error:
+            self._retreat(plan, error)
         except Exception:
             self._fail(plan)
 
     def _commit(self, plan: Plan, launched: Launched) -> None:
         try:
             sampled = launched.result()
+        except DeviceLost:
+            raise
         except Exception:
             self._fail(plan)
             return
@@ -159,6 +170,18 @@ class Engine:
         self._send(
             self._scheduler.fail(plan, "the step that computed this request failed; see the server's log")
         )
+
+    def _retreat(self, plan: Plan, error: OutOfDeviceMemory) -> None:
+        """Compute the plan's work in smaller steps; what could not be smaller ends."""
+        self._steps.failed(plan)
+        events = self._scheduler.retreat(
+            plan, f"a step of {plan.tokens} tokens found too little memory: {error}"
+        )
+        log.warning(
+            "a step of %d tokens found too little memory (%s); %s",
+            plan.tokens, error, f"{len(events)} requests end" if events else "smaller steps follow",
+        )  # fmt: skip
+        self._send(events)
 
     def _send(self, events: list[TokenEvent]) -> None:
         if events:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_kernels.attention_cuda import attention_decode_workspace
-from tgi_kernels.sampling import greedy
+from tgi_kernels.attention_cuda import attention_decode_workspace, attention_prefill_workspace
+from tgi_kernels.step import keep_ids
 from tgi_server.config import PAGE_TOKENS, EngineConfig
 from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
-from tgi_server.engine.graphs import DecodeGraph, DeviceState, capture_all
+from tgi_server.engine.cuda_errors import named_errors
+from tgi_server.engine.graphs import DecodeBuffers, DeviceState, capture_all
 from tgi_server.engine.plan import Plan
-from tgi_server.engine.staging import Downloads, Fetched, Uploads
+from tgi_server.engine.sampler import Drawn, Sampler
+from tgi_server.engine.staging import Fetched, fetch, upload
 from tgi_server.layers.batch import Attend, Batch
 from tgi_server.layers.paged import Decoding, DecodingThenPrompts, Prompts
 from tgi_server.memory_plan import GPU_RESERVE_BYTES, check_pages, pages_within
@@ -29,55 +31,68 @@ class GpuRunner:
 
     def __init__(self, config: EngineConfig, model: Decoder, dtype: torch.dtype) -> None:
         self._model = model
-        self._device = torch.device(config.device)
+        self._device = device = torch.device(config.device)
         rows, max_pages = config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS)
-        page_values = sum(spec.page_values() for spec in model.cache_specs)
-        fit = _pages_that_fit(page_values * dtype.itemsize, max_pages, rows, self._device)
-        self.num_pages = min(fit, config.num_pages or fit)
-        spec = model.cache_specs[0]
-        shape = (len(model.cache_specs), self.num_pages, 2, spec.kv_heads, PAGE_TOKENS, spec.head_dim)
-        kv = torch.zeros(shape, dtype=dtype, device=self._device)
+        self._sampler = Sampler(rows, config.max_total_tokens, model.vocab_size, device)
+        self._buffers = DecodeBuffers.empty(rows, max_pages, model.vocab_size, dtype, device)
+        kv = self._make_cache(config, dtype, max_pages)
+        self.num_pages = kv.shape[1]
         self._state = DeviceState(
             kv,
-            torch.zeros((rows + 1, max_pages), dtype=torch.int32, device=self._device),
-            torch.zeros(rows, dtype=torch.int64, device=self._device),
+            torch.zeros((rows, max_pages), dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
             attention_decode_workspace(rows, kv[0], model.num_heads, max_pages),
+            attention_prefill_workspace(device),
         )
         self._builder = BatchBuilder(rows, max_pages)
-        self._upload = Uploads(3 * config.max_batch_tokens + rows * (max_pages + 8), self._device)
-        self._download = Downloads(rows)
-        self._graphs: list[DecodeGraph] = capture_all(model, self._state)
+        self._graphs = capture_all(model, self._state, self._buffers, rows)
+
+    def _make_cache(self, config: EngineConfig, dtype: torch.dtype, max_pages: int) -> Tensor:
+        specs = self._model.cache_specs
+        page_bytes = sum(spec.page_values() for spec in specs) * dtype.itemsize
+        fit = _pages_that_fit(page_bytes, max_pages, config.max_sequences, self._device)
+        pages = min(fit, config.num_pages or fit)
+        shape = (len(specs), pages, 2, specs[0].kv_heads, PAGE_TOKENS, specs[0].head_dim)
+        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
-        """Queue `plan`, which must not be empty, on the device, and return."""
-        if plan.has_prompts:
-            return self._mixed(plan)
+        """Queue `plan`, which must not be empty, on the device, and return. Raises as `named_errors`."""
+        with named_errors(self._device):
+            self._sampler.read(plan)
+            return self._mixed(plan) if plan.has_prompts else self._decode(plan)
+
+    def _decode(self, plan: Plan) -> Fetched:
         self._builder.extend(plan)
-        last_row = max(work.row for work in plan.work)
-        graph = next(graph for graph in self._graphs if graph.size > last_row)
-        ids, logprobs = graph.replay(plan)
-        return self._download(ids, logprobs, [work.row for work in plan.work])
+        seqs = len(plan.work)
+        graph = next(graph for graph in self._graphs if graph.size >= seqs)
+        graph.replay(plan)
+        drawn = Drawn(self._buffers.ids[:seqs], self._buffers.logprobs[:seqs])
+        if self._sampler.asks(plan):
+            drawn = self._sampler.draw(plan, self._buffers.logits[:seqs], (drawn.ids, drawn.logprobs))
+            keep_ids(drawn.ids, graph.rows[:seqs], self._state.last_ids)
+        return fetch(plan, drawn, {})
 
     def _mixed(self, plan: Plan) -> Fetched:
         batch, sampling_rows = self._to_device(self._builder.build(plan))
         hidden = self._model(batch, self._state.kv)
-        ids, logprobs = greedy(self._model.logits(hidden[batch.logit_rows]))
-        self._state.last_ids[sampling_rows] = ids
-        return self._download(ids, logprobs, range(len(ids)))
+        scored = self._sampler.score(plan, hidden, self._model.logits)
+        drawn = self._sampler.draw(plan, self._model.logits(hidden[batch.logit_rows]))
+        # Last: a step that fails before, for lack of memory, can be computed again from what it was fed.
+        keep_ids(drawn.ids, sampling_rows, self._state.last_ids)
+        return fetch(plan, drawn, scored)
 
     def _to_device(self, host: HostBatch) -> tuple[Batch, Tensor]:
         """The batch in one copy, and the rows that sample; brings the device's page table up to date."""
-        token_ids, positions, slots, table, starts, lens, logit_rows, rows, fed_at, fed_rows, sampling = self._upload(
-            host.token_ids, host.positions, host.slots, host.page_table.ravel(), host.query_starts, host.kv_lens,
-            host.logit_rows, host.rows, host.fed_at, host.fed_rows, host.sampling_rows,
+        token_ids, positions, slots, page_table, starts, lens, logit_rows, rows, fed_at, fed_rows, sampling = upload(
+            self._device, host.token_ids, host.positions, host.slots, host.page_table, host.query_starts,
+            host.kv_lens, host.logit_rows, host.rows, host.fed_at, host.fed_rows, host.sampling_rows,
         )  # fmt: skip
-        page_table = table.view(host.page_table.shape).int()
         self._state.page_table[rows, : page_table.shape[1]] = page_table
         token_ids[fed_at] = self._state.last_ids[fed_rows]
         decoding = len(host.fed_at)
-        attend = self._attend(page_table, starts.int(), lens.int(), decoding, np.diff(host.query_starts))
-        return Batch(token_ids, positions.int().unsqueeze(0), slots, attend, logit_rows), sampling
+        attend = self._attend(page_table, starts, lens, decoding, np.diff(host.query_starts))
+        return Batch(token_ids, positions.unsqueeze(0), slots, attend, logit_rows), sampling
 
     def _attend(
         self, page_table: Tensor, starts: Tensor, kv_lens: Tensor, decoding: int, counts: Ints
@@ -87,11 +102,12 @@ class GpuRunner:
             starts[decoding:] - decoding,
             kv_lens[decoding:],
             int(counts[decoding:].max()),
+            self._state.prefill_workspace,
         )
         if decoding == 0:
             return prompts
         return DecodingThenPrompts(
-            Decoding(page_table[:decoding], kv_lens[:decoding], self._state.workspace), prompts
+            Decoding(page_table[:decoding], kv_lens[:decoding], self._state.decode_workspace), prompts
         )
 
 

@@ -16,6 +16,7 @@ class FinishReason(Enum):
     FAILED = "failed"  # this request's computation failed; `TokenEvent.error` says how
     REJECTED = "rejected"  # the queue is full
     WAITED = "waited"  # not begun within the limit of waiting
+    EXHAUSTED = "exhausted"  # the device has too little memory for it now; trying later may help
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -45,11 +46,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 HONOURED: Final[frozenset[str]] = frozenset(
     (*Sampling.__struct_fields__, "min_new_tokens", "top_logprobs", "prompt_logprobs")
 )
-
-
-def honoured_on(device: str) -> frozenset[str]:
-    """The fields the engine acts on when it runs on `device`: a GPU takes the likeliest token, no more yet."""
-    return HONOURED if device == "cpu" else frozenset()
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):

@@ -32,6 +32,7 @@ MAX_EDITS = 1536
 PROMPT_ROWS = 64
 
 Copy = Callable[[Tensor], Tensor]
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Sampler:
 
     def __init__(self, rows: int, tokens: int, vocab: int, device: torch.device) -> None:
         """rows: sequences that run at once. tokens: the most one of them can have."""
+        self._device = device
         self._settings = Settings.neutral(rows, tokens, MAX_EDITS, device)
         self._workspace = workspace(vocab) if device.type == "cpu" else None
         self._asked: list[Asked | None] = [None] * rows  # None: nothing but the likeliest token
@@ -130,25 +132,29 @@ class Sampler:
             work.samples and (work.top_logprobs or self._asked[work.row] is not None) for work in plan.work
         )
 
-    def draw(self, plan: Plan, logits: Tensor) -> Drawn:
-        """A token for each work item of `plan` that samples. logits: [draws, vocab] float32, in the plan's order."""
-        works = [work for work in plan.work if work.samples]
-        likeliest = self._likeliest(logits, [work.top_logprobs for work in works])
-        asking = [i for i, work in enumerate(works) if self._asked[work.row] is not None]
-        if not asking:
-            return Drawn(*greedy(logits), likeliest)
-        rows = torch.tensor([work.row for work in works], device=logits.device)
-        positions = torch.tensor([work.start + work.count for work in works], device=logits.device)
-        if logits.is_cuda and len(asking) < len(works):
-            ids, logprobs = greedy(logits)
-            some = torch.tensor(asking, device=logits.device)
-            ids[some], logprobs[some] = sample(logits[some], rows[some], positions[some], self._settings)
-        else:
-            ids, logprobs = sample(logits, rows, positions, self._settings, self._workspace)
-        self._settings.history[rows, positions] = ids.int()
-        return Drawn(ids, logprobs, likeliest)
+    def draw(self, plan: Plan, logits: Tensor, likeliest: tuple[Tensor, Tensor] | None = None) -> Drawn:
+        """A token for each work item of `plan` that samples.
 
-    def score(self, plan: Plan, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> dict[int, Scored]:
+        logits: [draws, vocab], in the plan's order, float32 on CPUs. likeliest: ids and logprobs of `greedy`, if they
+        are known; those of rows that ask for something else are replaced in place.
+        """
+        works = [work for work in plan.work if work.samples]
+        tops = self._likeliest(logits, [work.top_logprobs for work in works])
+        asking = [i for i, work in enumerate(works) if self._asked[work.row] is not None]
+        if likeliest is None and len(asking) == len(works):
+            likeliest = logits.new_empty(len(works), dtype=torch.int64), logits.new_empty(len(works)).float()
+        ids, logprobs = likeliest or greedy(logits)
+        if asking:
+            drawing = [(i, works[i].row, works[i].start + works[i].count) for i in asking]
+            places, rows, positions = self._numbers(list(zip(*drawing, strict=True)))
+            sample(
+                logits, rows, positions, self._settings, self._workspace, ids, logprobs, places=places
+            )  # fmt: skip
+            if any(asked.remembers for i in asking if (asked := self._asked[works[i].row])):
+                self._settings.history[rows, positions] = ids[places].int()
+        return Drawn(ids, logprobs, tops)
+
+    def score(self, plan: Plan, hidden: Tensor, head: Head) -> dict[int, Scored]:
         """The log-probabilities of the tokens that work items have `scored`, by place in the plan.
 
         hidden: [tokens, hidden size], the step's. head: makes logits [rows, vocab] of some rows of it.
@@ -161,8 +167,8 @@ class Sampler:
             first += work.count
         return found
 
-    def _score(self, work: Work, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Scored:
-        ids = torch.tensor(work.scored, device=hidden.device)
+    def _score(self, work: Work, hidden: Tensor, head: Head) -> Scored:
+        ids = self._numbers(work.scored)
         logprobs, tops = [], []
         for part in range(0, len(ids), PROMPT_ROWS):
             logits = head(hidden[part : part + PROMPT_ROWS])
@@ -180,22 +186,16 @@ class Sampler:
         wanted = [i for i, count in enumerate(counts) if count]
         if not wanted:
             return None
-        chosen = logits if len(wanted) == len(counts) else logits[torch.tensor(wanted, device=logits.device)]
+        chosen = logits if len(wanted) == len(counts) else logits[self._numbers(wanted)]
         most = min(max(counts), logits.shape[1])
         return Likeliest(*top_logprobs(chosen, most, self._workspace), [counts[i] for i in wanted])
 
     def _admit(self, work: Work, asked: Asked) -> None:
-        row = work.row
-        # A row that asks for nothing is drawn by `sample` all the same if another of the step asks.
-        if not asked.anything:
-            if self._asked[row] is not None:
-                self._write(row, Asked())
-            self._asked[row] = None
-            return
-        self._asked[row] = asked
-        self._write(row, asked)
+        self._asked[work.row] = asked if asked.anything else None
+        if asked.anything:
+            self._write(work.row, asked)
         if asked.remembers:
-            self._remember(row, 0, asked.before)
+            self._remember(work.row, 0, asked.before)
 
     def _write(self, row: int, asked: Asked) -> None:
         settings, sampling = self._settings, asked.sampling
@@ -212,14 +212,19 @@ class Sampler:
             "min_new_tokens": asked.min_new_tokens,
             "edits": len(edits),
         }
-        settings.numbers[row] = torch.tensor([numbers[name] for name in NUMBERS])
-        settings.wholes[row] = torch.tensor([wholes[name] for name in WHOLES])
+        settings.numbers[row] = self._numbers([numbers[name] for name in NUMBERS], torch.float32)
+        settings.wholes[row] = self._numbers([wholes[name] for name in WHOLES])
         if edits:
             ids, values = zip(*edits, strict=True)
-            settings.edit_ids[row, : len(edits)] = torch.tensor(ids, dtype=torch.int32)
-            settings.edit_values[row, : len(edits)] = torch.tensor(values)
+            settings.edit_ids[row, : len(edits)] = self._numbers(ids, torch.int32)
+            settings.edit_values[row, : len(edits)] = self._numbers(values, torch.float32)
 
     def _remember(self, row: int, start: int, token_ids: Sequence[int]) -> None:
         if token_ids:
-            ids = torch.tensor(token_ids, dtype=torch.int32)
+            ids = self._numbers(token_ids, torch.int32)
             self._settings.history[row, start : start + len(token_ids)] = ids
+
+    def _numbers(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+        """As a tensor where the sampler is. A copy to a GPU is queued; torch keeps its source until it is done."""
+        on_gpu = self._device.type != "cpu"
+        return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(self._device, non_blocking=on_gpu)

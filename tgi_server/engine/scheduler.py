@@ -222,6 +222,26 @@ class Scheduler:
                 events.append(_end(sequence.request, FinishReason.FAILED, message))
         return events
 
+    def retreat(self, plan: Plan, message: str) -> list[TokenEvent]:
+        """Take back the step that was planned last and not computed: it was too large for the device's memory.
+
+        Steps with fewer prompt tokens will compute its work. If it had as few as a step can have, the requests behind
+        these end with `message`; if it had none, all of its requests do.
+        """
+        chunks = [work for work in plan.work if work.token_ids]
+        smaller = self._budget.shrink(sum(work.count for work in chunks))
+        ending = {work.id for work in ([] if smaller else chunks or plan.work)}
+        events = []
+        for work in plan.work:
+            sequence = self._sequences.get(work.id)
+            if sequence is None:
+                continue  # cancelled
+            sequence.take_back(work)
+            if work.id in ending:
+                self._drop(sequence)
+                events.append(TokenEvent(work.id, finish=FinishReason.EXHAUSTED, error=message))
+        return events
+
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
         """Guesses to verify with a sequence's next token, whose own value must be known."""
         if sequence.pending or not sequence.fed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.pages import PageKey, page_key
-from tgi_server.engine.plan import Asked, Sampled
+from tgi_server.engine.plan import Asked, Sampled, Work
 from tgi_server.engine.request import GenerationRequest
 
 
@@ -73,6 +73,13 @@ class Sequence:
         known = len(self.prompt_logprobs) - start
         self.prompt_logprobs += result.prompt_logprobs[known:]
         self.prompt_top += result.prompt_top[known:]
+
+    def take_back(self, work: Work) -> None:
+        """Forget the work that was planned last: it was not computed. What it handed over is handed over again."""
+        self.scheduled -= work.count
+        self.pending -= work.samples
+        self.fed = not work.token_ids
+        self.handed_over = work.first_page
 
     def key_of_page(self, index: int) -> PageKey:
         """The prefix-index key of full page `index`; all its tokens must be known."""

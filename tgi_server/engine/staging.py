@@ -1,10 +1,12 @@
-"""Copies between host and GPU that nobody waits for: pinned buffers, used in turn."""
+"""Copies between host and GPU that nobody waits for.
+
+They go through pinned memory of torch's allocator, which gives none of it away again before the copy is done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,59 +14,60 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tgi_server.engine.plan import Sampled
+from tgi_server.engine.cuda_errors import named_errors
+from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.sampler import Drawn, Scored, results
 
-# A buffer is written again after this many steps; the engine has at most two steps under way.
-TURNS = 4
+_ALIGN = 16  # bytes, of each array of an upload
+_DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 
-class Uploads:
-    """Takes the integer arrays of a step to the device in one copy."""
+def upload(device: torch.device, *arrays: NDArray[np.integer[Any]]) -> list[Tensor]:
+    """Each array, int32 or int64, as a tensor of its type and shape on the device; one copy takes all."""
+    starts, end = [], 0
+    for array in arrays:
+        starts.append(end)
+        end += -(-array.nbytes // _ALIGN) * _ALIGN
+    pinned = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+    flat = pinned.numpy()
+    for array, start in zip(arrays, starts, strict=True):
+        flat[start : start + array.nbytes].view(array.dtype)[:] = array.ravel()
+    there = pinned.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        for array, start in zip(arrays, starts, strict=True)
+    ]
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        """`capacity`: the most numbers one step can have."""
-        self._device = device
-        self._turns = cycle([torch.empty(capacity, dtype=torch.int64, pin_memory=True) for _ in range(TURNS)])
 
-    def __call__(self, *arrays: NDArray[np.integer[Any]]) -> Sequence[Tensor]:
-        """Each array (one-dimensional) as an int64 tensor on the device."""
-        sizes = [len(array) for array in arrays]
-        host = next(self._turns)[: sum(sizes)]
-        np.concatenate(arrays, out=host.numpy())
-        device: Tensor = host.to(self._device, non_blocking=True)
-        parts: Sequence[Tensor] = device.split(sizes)
-        return parts
+def download(tensor: Tensor) -> Tensor:
+    """A pinned copy of a tensor on the device, under way."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Sampled ids on their way to the host: a step under way."""
+    """A step under way, and its results on their way to the host."""
 
-    ids: Tensor  # [rows] int64, pinned
-    logprobs: Tensor  # [rows] fp32, pinned
-    picks: Sequence[int]  # the rows that work items sampled, in the plan's order
+    plan: Plan
+    drawn: Drawn
+    scored: Mapping[int, Scored]
     done: torch.cuda.Event
+    device: torch.device
 
     def result(self) -> list[Sampled]:
-        """Wait for the step."""
-        self.done.synchronize()
-        ids, logprobs = self.ids.tolist(), self.logprobs.tolist()
-        return [Sampled([ids[pick]], [logprobs[pick]]) for pick in self.picks]
+        """Wait for the step; what each work item that samples or is scored got, in the plan's order.
+
+        Raises as `named_errors`.
+        """
+        with named_errors(self.device):
+            self.done.synchronize()
+        return results(self.plan, self.drawn, self.scored)
 
 
-class Downloads:
-    """Fetches sampled ids and logprobs."""
-
-    def __init__(self, rows: int) -> None:
-        def pinned(dtype: torch.dtype) -> Tensor:
-            return torch.empty(rows, dtype=dtype, pin_memory=True)
-
-        self._turns = cycle([(pinned(torch.int64), pinned(torch.float32)) for _ in range(TURNS)])
-
-    def __call__(self, ids: Tensor, logprobs: Tensor, picks: Sequence[int]) -> Fetched:
-        host_ids, host_logprobs = (buffer[: len(ids)] for buffer in next(self._turns))
-        host_ids.copy_(ids, non_blocking=True)
-        host_logprobs.copy_(logprobs, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return Fetched(host_ids, host_logprobs, picks, done)
+def fetch(plan: Plan, drawn: Drawn, scored: Mapping[int, Scored]) -> Fetched:
+    """Queue the copies of a step's results behind the step."""
+    there = drawn.on(download), {place: part.on(download) for place, part in scored.items()}
+    done = torch.cuda.Event()
+    done.record()
+    return Fetched(plan, *there, done, drawn.ids.device)

@@ -33,9 +33,9 @@ class Linear(nn.Module):
         if any(weights.has(f"{name}.bias") for name in names):
             self.bias = torch.cat([_bias(weights, name, out) for name, out in zip(names, outs, strict=True)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [tokens, in_features]. Returns [tokens, sum(outs)] in x's type."""
-        return linear(x, self.packed, self.bias)
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [tokens, in_features]. Returns [tokens, sum(outs)] in x's type: `out`, if given."""
+        return linear(x, self.packed, self.bias, out)
 
 
 def _bias(weights: Weights, name: str, out: int) -> Tensor:

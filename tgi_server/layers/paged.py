@@ -47,6 +47,7 @@ class Prompts:
     query_starts: Tensor  # [seqs + 1] int32
     kv_lens: Tensor  # [seqs] int32
     max_query_len: int
+    workspace: Tensor  # of tgi_kernels.attention_cuda.attention_prefill_workspace
 
     def __call__(
         self, q: Tensor, kv_pages: Tensor, scale: float, *, window: int, out: Tensor | None = None
@@ -59,6 +60,7 @@ class Prompts:
             self.kv_lens,
             scale,
             max_query_len=self.max_query_len,
+            workspace=self.workspace,
             window=window,
             out=out,
         )

@@ -56,6 +56,7 @@ class Decoder(nn.Module):
         head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
         self.head = Linear(weights, [head], hidden, [vocab])
         self.num_heads = config.num_heads
+        self.vocab_size = vocab
         self.cache_specs: tuple[CacheSpec, ...] = tuple(block.attention.cache_spec for block in blocks)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
         assert update is not None  # config.json asks for at least one layer
         return self.norm.add(update, residual)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden], rows of what `forward` returned. Returns [rows, vocab] fp32."""
-        scores: Tensor = self.head(hidden)
-        return scores.float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden: [rows, hidden], of what `forward` returned. Returns [rows, vocab] of its type: `out` if given."""
+        scores: Tensor = self.head(hidden, out)
+        return scores

@@ -1,0 +1,67 @@
+"""A small llama on the GPU, and engines that serve it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.in_process import InProcess, on_gpu
+from tgi_server.config import EngineConfig
+
+VOCAB = 3000
+Answer = list[tuple[int, float]]  # ids and logprobs
+
+
+def save_llama(path: Path) -> None:
+    """A small llama whose logits are spread, so that rounding seldom changes the likeliest token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+
+
+CONFIG = EngineConfig(
+    model=Path(),
+    max_total_tokens=1024,
+    max_batch_tokens=512,
+    max_sequences=24,
+    max_queue=500,
+    num_pages=600,
+    num_threads=1,
+    target_s=10.0,
+    device="cuda",
+)
+
+
+def engine(folder: Path, depth: int = 1, **changes: Any) -> InProcess:
+    return on_gpu(replace(CONFIG, model=folder, **changes), depth)
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = random.Random(1)
+    return [rng.choices(range(VOCAB), k=rng.choice((1, 15, 16, 17, 90, 300))) for _ in range(count)]
+
+
+def answers(
+    rig: InProcess, asked: list[list[int]], new_tokens: int = 40, fields: list[dict[str, Any]] | None = None
+) -> list[Answer]:
+    """What each prompt gets, with its own fields of GenerationRequest if given."""
+    fields = fields or [{}] * len(asked)
+    names = [rig.submit(prompt, new_tokens, **more) for prompt, more in zip(asked, fields, strict=True)]
+    rig.finish()
+    return [rig.wire.tokens[name] for name in names]
