@@ -32,7 +32,7 @@ from tgi_server.http.parameters import (
     read_openai,
     refuse_unhonoured,
 )
-from tgi_server.http.prompt import check_ids, encode, room_for_answer
+from tgi_server.http.prompt import check_ids, encode, most_input_tokens, room_for_answer
 from tgi_server.http.schema import Fields, ignored_header, invalid
 from tgi_server.http.sse import stream_events
 from tgi_server.http.state import CONFIG, HONOURED, TEXT, VERSION
@@ -108,7 +108,7 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
         if isinstance(prompt, str):
             ids = await encode(text, config, prompt, path, add_special_tokens=special)
         else:
-            ids = check_ids(text, prompt, path)
+            ids = check_ids(text, prompt, path, most_input_tokens(config))
         room = room_for_answer(config, len(ids), parameters.max_new_tokens or None, path, "max_tokens")
         jobs.append(Job(ids, 1 if parameters.max_new_tokens == 0 else room, parameters))
         prompts.append(prompt if isinstance(prompt, str) else text.tokenizer.decode(ids))

@@ -15,7 +15,7 @@ from tgi_server.http.prompt import check_ids, check_length
 from tgi_server.http.schema import ignored_header
 from tgi_server.http.state import CONFIG, TEXT
 
-_MAX_IDS = 1_000_000
+_MAX_IDS = 100_000
 
 
 async def post_tokenize(request: web.Request) -> web.Response:
@@ -40,7 +40,7 @@ async def post_detokenize(request: web.Request) -> web.Response:
     fields = await read_fields(request)
     text, config = request.app[TEXT], request.app[CONFIG]
     check_model(config, fields)
-    ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens")
+    ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens", _MAX_IDS)
     headers = ignored_header(fields, strict=config.strict_fields)
     prompt = await asyncio.to_thread(text.tokenizer.decode, ids, skip_special_tokens=False)
     return json_response({"prompt": prompt}, headers=headers)
