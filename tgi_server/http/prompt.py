@@ -76,6 +76,12 @@ def check_ids(text: Text, ids: Sequence[object], field: str, most: int) -> list[
     ]
 
 
+def check_answers(config: ServerConfig, answers: int, field: str) -> None:
+    """Refuse what could never be queued; telling such a client to try again later would be a lie."""
+    if answers > config.max_queue:
+        invalid(field, f"asks for {answers} answers; this server takes at most {config.max_queue} at a time")
+
+
 def most_input_tokens(config: ServerConfig) -> int:
     """Tokens a prompt may have; at least one is the answer's."""
     most = config.max_total_tokens - 1
