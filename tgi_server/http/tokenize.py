@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import accumulate
 
 from aiohttp import web
 
@@ -56,9 +57,9 @@ async def post_chat_tokenize(request: web.Request) -> web.Response:
 
 def _describe(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[dict[str, object]]:
     """TGI counts `start` and `stop` in bytes of the text's UTF-8."""
-    byte_at = [0]
-    for char in prompt:
-        byte_at.append(byte_at[-1] + len(char.encode()))
+    byte_at: Sequence[int] = range(len(prompt) + 1)
+    if not prompt.isascii():
+        byte_at = list(accumulate((len(char.encode()) for char in prompt), initial=0))
     return [
         {"id": token_id, "text": prompt[start:stop], "start": byte_at[start], "stop": byte_at[stop]}
         for token_id, (start, stop) in zip(ids, offsets, strict=True)
