@@ -213,7 +213,7 @@ def test_row_22_a_client_that_reads_a_byte_a_second_slows_nobody_and_is_cut_off(
             time.sleep(1)
             assert len(sock.recv(1)) == 1
     assert answered > 3, "others were answered while it was waited for"
-    assert target.metrics()["tgi_generated_tokens_total"] - before["tgi_generated_tokens_total"] < 5_000
+    assert "stopped reading" in target.server.log
 
 
 def test_row_23_old_new_and_hasty_clients(target: Target) -> None:

@@ -164,7 +164,7 @@ async def test_what_no_template_could_be_given_is_refused(start: Start, say: Say
     client = await start(engine)
     call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(value)}}
     for given, field in (
-        ({"messages": [{**USER, "extra": value}]}, "messages[0]"),
+        ({"messages": [{**USER, "extra": value}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [call]}]}, "messages[0].tool_calls[0]"),
         ({"messages": [USER], "chat_template_kwargs": {"extra": value}}, "chat_template_kwargs"),
     ):
@@ -172,6 +172,23 @@ async def test_what_no_template_could_be_given_is_refused(start: Start, say: Say
         assert response.status == 400
         assert (await response.json())["error"]["param"].startswith(field)
     assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "value", [[[]] * 100_000, [""] * 100_000, {str(i): i for i in range(60_000)}], ids=len
+)
+async def test_more_values_than_a_template_could_read_in_time_are_refused(
+    start: Start, say: Say, value: object
+) -> None:
+    client = await start(say("a"))
+    for given in (
+        {"messages": [{**USER, "extra": value}]},
+        {"messages": [{"role": "user", "content": value}]},
+        {"messages": [USER], "chat_template_kwargs": {"extra": value}},
+    ):
+        response = await client.post(CHAT, json=given)
+        assert response.status == 400
+        assert "50000 values" in (await response.json())["error"]["message"] or isinstance(value, dict)
 
 
 @pytest.mark.parametrize("value", [nested(60), 2**64 - 1, -(2**63), [None, True, 1.5, "x"]])

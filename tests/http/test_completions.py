@@ -72,6 +72,8 @@ async def test_a_prompt_is_text_or_ids_or_several_of_those(
         ({"prompt": "x", "logprobs": -1}, "logprobs"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
+        ({"prompt": ["x"] * 3, "n": 3}, "n"),
+        ({"prompt": ["x"] * 9}, "prompt"),
         ({"prompt": "x", "best_of": 1_000_000}, "best_of"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "x", "best_of": 2, "temperature": 0}, "best_of"),

@@ -159,7 +159,7 @@ OPENAI_INVALID = [
             "frequency_penalty": (-3, 3),
             "presence_penalty": (-3, 1e38),
             "repetition_penalty": (0, 1e38),
-            "n": (0, 17, 1_000_000),
+            "n": (0, 9, 17, 1_000_000),
             "stop": (5, [""], "", ["a"] * 65, ["a"] * 100_000),
             "stop_token_ids": ([300], [-1], [2**31], ["x"], 5),
             "seed": (2**64, "x"),

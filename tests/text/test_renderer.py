@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -120,6 +121,25 @@ async def test_only_those_whose_template_does_not_end_are_refused(make: Make) ->
     assert [str(answer) for answer in answers if answer != "fine"] == [
         "the model's chat template took longer than 0.3 s for these messages"
     ] * 2
+
+
+async def test_in_a_crowd_everybody_gets_their_own_prompt_whoever_hangs_or_leaves(make: Make) -> None:
+    renderer = make(ENDLESS.replace("fine", "{{ messages[0].content }}"))
+    chance = random.Random(4)
+
+    async def ask(i: int) -> bool:
+        await asyncio.sleep(chance.random())
+        content = "loop" if i % 80 == 40 else str(i) * chance.choice([1, 100, 10_000])
+        asked = asyncio.create_task(renderer.render([{"role": "user", "content": content}]))
+        if i % 7 == 3:
+            await asyncio.sleep(0.001)
+            asked.cancel()
+        (answer,) = await asyncio.gather(asked, return_exceptions=True)
+        if isinstance(answer, asyncio.CancelledError):
+            return i % 7 == 3
+        return isinstance(answer, UserError) if content == "loop" else answer == content
+
+    assert all(await asyncio.gather(*(ask(i) for i in range(200))))
 
 
 async def test_a_prompt_longer_than_a_pipe_holds_comes_whole_among_short_ones(make: Make) -> None:

@@ -26,7 +26,7 @@ from tgi_server.http.openai import (
     usage,
 )
 from tgi_server.http.parameters import MAX_OPENAI_TOP_TOKENS, Parameters, read_openai, refuse_unhonoured
-from tgi_server.http.prompt import room_for_answer
+from tgi_server.http.prompt import check_answers, room_for_answer
 from tgi_server.http.schema import Fields, ignored_header
 from tgi_server.http.sse import stream_events
 from tgi_server.http.state import CONFIG, HONOURED, TEXT, VERSION
@@ -70,6 +70,7 @@ async def read_query(app: web.Application, fields: Fields) -> Query:
     model = check_model(config, fields)
     refuse_unsupported(fields)
     parameters = _parameters(fields, app[HONOURED], text.vocab_size, config.sampling_defaults)
+    check_answers(config, parameters.choices, "n")
     stream = fields.flag("stream") is True
     stream_usage = read_stream_options(fields, stream=stream)
     ids = await encode_chat(app, await render_chat(app, fields))

@@ -32,7 +32,7 @@ from tgi_server.http.parameters import (
     read_openai,
     refuse_unhonoured,
 )
-from tgi_server.http.prompt import check_ids, encode, room_for_answer
+from tgi_server.http.prompt import check_answers, check_ids, encode, most_input_tokens, room_for_answer
 from tgi_server.http.schema import Fields, ignored_header, invalid
 from tgi_server.http.sse import stream_events
 from tgi_server.http.state import CONFIG, HONOURED, TEXT, VERSION
@@ -103,12 +103,14 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
     parameters = _logprobs_asked(fields, parameters, app[HONOURED], echo=echo)
     parameters = replace(parameters, choices=_best_of(fields, parameters, app[HONOURED], stream=stream))
     special = fields.flag("add_special_tokens") is not False
+    given = _prompts(fields, config.max_client_batch_size)
+    check_answers(config, len(given) * parameters.choices, "n" if parameters.choices > 1 else "prompt")
     jobs, prompts = [], []
-    for prompt, path in _prompts(fields, config.max_client_batch_size):
+    for prompt, path in given:
         if isinstance(prompt, str):
             ids = await encode(text, config, prompt, path, add_special_tokens=special)
         else:
-            ids = check_ids(text, prompt, path)
+            ids = check_ids(text, prompt, path, most_input_tokens(config))
         room = room_for_answer(config, len(ids), parameters.max_new_tokens or None, path, "max_tokens")
         jobs.append(Job(ids, 1 if parameters.max_new_tokens == 0 else room, parameters))
         prompts.append(prompt if isinstance(prompt, str) else text.tokenizer.decode(ids))

@@ -115,7 +115,7 @@ async def generate(maker: Maker, job: Job, choice: int = 0) -> AsyncGenerator[Pi
     """
     tokenizer = maker.text.tokenizer
     decoder = incremental_decoder(tokenizer, job.prompt_ids[-CONTEXT_TOKENS:])
-    matcher = StopMatcher(job.parameters.stops, keep=job.parameters.keep_stop)
+    matcher = StopMatcher(job.parameters.stop_strings, keep=job.parameters.keep_stop)
     count = 0
     request = make_request(job, maker.text, choice, maker.tenant)
     answer = maker.turn.answer(request)

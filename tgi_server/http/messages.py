@@ -14,6 +14,7 @@ def read_messages(fields: Fields) -> list[dict[str, object]]:
     entries = fields.raw("messages")
     if not isinstance(entries, list) or not entries:
         fields.refuse("messages", f"is {kind_of(entries)}; give an array of at least one message")
+    check_json(entries, fields.path("messages"))
     return [_read_message(entry, f"{fields.path('messages')}[{i}]") for i, entry in enumerate(entries)]
 
 
@@ -22,7 +23,6 @@ def _read_message(entry: object, path: str) -> dict[str, object]:
     role = message.get("role")
     if role not in _ROLES:
         invalid(f"{path}.role", f"is {shown(role)}; give one of {', '.join(_ROLES)}")
-    check_json(entry, path)
     calls = message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = _tool_calls(calls, role, f"{path}.tool_calls")

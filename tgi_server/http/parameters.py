@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tgi_server.config import ServerConfig
 from tgi_server.engine.request import Sampling
 from tgi_server.http.schema import INT32_MAX, Fields, check_integer, check_number, check_text, invalid, shown
+from tgi_server.text.stop import StopStrings
 
 MAX_CHOICES = 16
 MAX_OPENAI_STOPS = 64
@@ -43,6 +45,11 @@ class Parameters:
     cache_salt: str = (
         ""  # who sends the same may find each other's prompts in the cache; empty: who has the same key
     )
+
+    @cached_property
+    def stop_strings(self) -> StopStrings:
+        """`stops`, ready to be looked for; made when first needed, and shared by all answers."""
+        return StopStrings(self.stops)
 
     @property
     def greedy(self) -> bool:

@@ -60,13 +60,26 @@ def check_length(text: Text, config: ServerConfig, prompt: str, field: str) -> N
         )
 
 
-def check_ids(text: Text, ids: Sequence[object], field: str) -> list[int]:
-    """Token ids a client sent instead of a text."""
+def check_ids(text: Text, ids: Sequence[object], field: str, most: int) -> list[int]:
+    """Token ids a client sent instead of a text; none is looked at if there are more than `most`."""
     if not ids:
         invalid(field, "is empty; give at least one token id")
+    if len(ids) > most:
+        raise UserError(
+            ErrorKind.INVALID,
+            f"{field} has {len(ids)} tokens; shorten it to {most} at most",
+            field,
+            "context_length_exceeded",
+        )
     return [
         check_integer(token_id, f"{field}[{i}]", 0, text.vocab_size - 1) for i, token_id in enumerate(ids)
     ]
+
+
+def check_answers(config: ServerConfig, answers: int, field: str) -> None:
+    """Refuse what could never be queued; telling such a client to try again later would be a lie."""
+    if answers > config.max_queue:
+        invalid(field, f"asks for {answers} answers; this server takes at most {config.max_queue} at a time")
 
 
 def most_input_tokens(config: ServerConfig) -> int:

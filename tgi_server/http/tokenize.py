@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import accumulate
 
 from aiohttp import web
 
@@ -15,7 +16,7 @@ from tgi_server.http.prompt import check_ids, check_length
 from tgi_server.http.schema import ignored_header
 from tgi_server.http.state import CONFIG, TEXT
 
-_MAX_IDS = 1_000_000
+_MAX_IDS = 100_000
 
 
 async def post_tokenize(request: web.Request) -> web.Response:
@@ -40,7 +41,7 @@ async def post_detokenize(request: web.Request) -> web.Response:
     fields = await read_fields(request)
     text, config = request.app[TEXT], request.app[CONFIG]
     check_model(config, fields)
-    ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens")
+    ids = check_ids(text, fields.items("tokens", _MAX_IDS) or [], "tokens", _MAX_IDS)
     headers = ignored_header(fields, strict=config.strict_fields)
     prompt = await asyncio.to_thread(text.tokenizer.decode, ids, skip_special_tokens=False)
     return json_response({"prompt": prompt}, headers=headers)
@@ -56,9 +57,9 @@ async def post_chat_tokenize(request: web.Request) -> web.Response:
 
 def _describe(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[dict[str, object]]:
     """TGI counts `start` and `stop` in bytes of the text's UTF-8."""
-    byte_at = [0]
-    for char in prompt:
-        byte_at.append(byte_at[-1] + len(char.encode()))
+    byte_at: Sequence[int] = range(len(prompt) + 1)
+    if not prompt.isascii():
+        byte_at = list(accumulate((len(char.encode()) for char in prompt), initial=0))
     return [
         {"id": token_id, "text": prompt[start:stop], "start": byte_at[start], "stop": byte_at[stop]}
         for token_id, (start, stop) in zip(ids, offsets, strict=True)

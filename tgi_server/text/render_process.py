@@ -107,7 +107,8 @@ class RenderProcess(asyncio.SubprocessProtocol):
         self._heard_s = self._loop.time()
         self._incoming += data
         at = 0
-        while len(self._incoming) - at >= HEADER.size:
+        # Last words may come after the end was noticed, when those who waited for them already ask another worker.
+        while self._asked and len(self._incoming) - at >= HEADER.size:
             (length,) = HEADER.unpack_from(self._incoming, at)
             begin, end = at + HEADER.size, at + HEADER.size + length
             if len(self._incoming) < end:
