@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,8 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.sampler import Drawn, Sampler, Scored, results
+from tgi_server.engine.sampler import Sampler, results
+from tgi_server.engine.verify import folded, unrolled
 from tgi_server.models import load_model
 
 
@@ -20,13 +20,11 @@ from tgi_server.models import load_model
 class Launched:
     """A step that is done."""
 
-    plan: Plan
-    drawn: Drawn
-    scored: Mapping[int, Scored]
+    sampled: list[Sampled]
 
     def result(self) -> list[Sampled]:
         """What each work item that samples or is scored got, in the plan's order."""
-        return results(self.plan, self.drawn, self.scored)
+        return self.sampled
 
 
 class CpuRunner:
@@ -49,12 +47,18 @@ class CpuRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Compute `plan`, which must not be empty."""
-        self._sampler.read(plan)
-        host = self._builder.build(plan)
+        steps = unrolled(plan)
+        self._sampler.read(steps)
+        host = self._builder.build(steps)
         host.token_ids[host.fed_at] = self._last_ids[host.fed_rows]
         batch = host.on_cpu()
         hidden = self._model(batch, self._kv)
-        scored = self._sampler.score(plan, hidden, self._model.logits)
-        drawn = self._sampler.draw(plan, self._model.logits(hidden[batch.logit_rows]))
-        self._last_ids[host.sampling_rows] = drawn.ids.numpy()
-        return Launched(plan, drawn, scored)
+        scored = self._sampler.score(steps, hidden, self._model.logits)
+        drawn = self._sampler.draw(steps, self._model.logits(hidden[batch.logit_rows]))
+        sampled = folded(plan, results(steps, drawn, scored))
+        for work, result in zip(
+            (work for work in plan.work if work.samples or work.scored), sampled, strict=True
+        ):
+            if work.samples:
+                self._last_ids[work.row] = result.token_ids[-1]
+        return Launched(sampled)

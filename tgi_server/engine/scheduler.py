@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from tgi_server.config import PAGE_TOKENS
-from tgi_server.engine.budget import TokenBudget
+from tgi_server.engine.budget import Budget, TokenBudget
 from tgi_server.engine.pages import PagePool, root_key
 from tgi_server.engine.plan import Plan, Sampled, Work
 from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
@@ -76,14 +76,18 @@ class Scheduler:
         guess: Guess = no_guess,
         *,
         model: str = "",
+        budget: Budget | None = None,
     ) -> None:
-        """clock: seconds, monotonic. model: whose keys and values the pool holds."""
+        """clock: seconds, monotonic. model: whose keys and values the pool holds.
+
+        budget: by default one that learns from the steps what `limits.target_s` has room for.
+        """
         self._model = model
         self._pool = pool
         self._guess = guess
         self._limits = limits
         self._clock = clock
-        self._budget = TokenBudget(limits.target_s, limits.max_batch_tokens)
+        self._budget: Budget = budget or TokenBudget(limits.target_s, limits.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by key
         self._unbegun: deque[str] = deque()  # ids by arrival; those begun or gone are dropped when met
