@@ -13,6 +13,7 @@ from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.sampler import Sampler, results
 from tgi_server.engine.verify import folded, unrolled
+from tgi_server.layers.cache import pool_shape
 from tgi_server.models import load_model
 
 
@@ -35,9 +36,7 @@ class CpuRunner:
         model_config = ModelConfig.from_folder(config.model)
         self._model = load_model(Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32)
         self.num_pages = config.num_pages
-        spec = self._model.cache_specs[0]
-        shape = (len(self._model.cache_specs), config.num_pages, 2, spec.kv_heads, PAGE_TOKENS, spec.head_dim)
-        self._kv = torch.zeros(shape)
+        self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))
         self._last_ids = np.zeros(config.max_sequences, np.int64)
         self._sampler = Sampler(
