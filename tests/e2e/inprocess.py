@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.request import GenerationRequest, Sampling
 from tgi_server.engine.runner import CpuRunner, Launched
-from tgi_server.engine.scheduler import Guess, Limits, Scheduler, no_guess
+from tgi_server.engine.scheduler import Scheduler
+from tgi_server.engine.verify import Guess, no_guess
 
 LIKELIEST: Final = Sampling()
 
@@ -41,6 +43,9 @@ class FixedChunks:
     def prompt_tokens(self, decoding: int) -> int:
         del decoding
         return self._tokens
+
+    def shrink(self, prompt_tokens: int) -> bool:
+        raise AssertionError(f"{prompt_tokens} tokens do not fit a CPU's memory")
 
 
 class Rig:
@@ -118,8 +123,9 @@ class Rig:
         )
 
     def _interrupt(self) -> None:
+        """Each displaces one, a step at a time, and stays until all have."""
         for i in range(self._scheduler.running):
-            urgent = GenerationRequest(id=f"urgent {i}", prompt_ids=[5, i], max_new_tokens=2, priority=-100)
+            urgent = GenerationRequest(id=f"urgent {i}", prompt_ids=[5, i], max_new_tokens=30, priority=-100)
             assert self._scheduler.add(urgent) is None
 
     def _note(self, plan: Plan, prompts: Sequence[Sequence[int]]) -> None:

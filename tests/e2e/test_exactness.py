@@ -14,8 +14,8 @@ from tgi_kernels import cpu
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.request import Sampling
 from tgi_server.engine.runner import CpuRunner
-from tgi_server.engine.scheduler import Guess
 from tgi_server.engine.sequence import pages_for
+from tgi_server.engine.verify import Guess
 
 TIE = 1e-3  # transformers' two best logits may be this near; either is then right
 SOME_TOKENS = 20  # of an answer, where computing all would prove no more: past a page's end
@@ -143,8 +143,9 @@ def test_an_answer_has_the_same_bits_when_its_tokens_were_guessed(
         expected = Rig(runner, sequences=16).generate(reference.prompts, NEW_TOKENS, sampling=sampling)
     rig = Rig(runner, sequences=16, guess=guesser(reference.prompts, expected))
     assert rig.generate(reference.prompts, NEW_TOKENS, sampling=sampling) == expected
-    assert max(map(max, rig.steps[-10:])) == 5
-    assert len(rig.steps) < 0.7 * 2 * NEW_TOKENS, "sixteen at a time take two times the steps of one"
+    assert len(rig.steps) < 1.4 * NEW_TOKENS, (
+        "without guesses, 24 answers take twice 64 steps at sixteen a time"
+    )
 
 
 def test_an_answer_has_the_same_bits_on_any_number_of_threads(

@@ -61,6 +61,9 @@ class Budget(Protocol):
     def prompt_tokens(self, decoding: int) -> int:
         """Tokens left for prompts in a step in which `decoding` sequences get one token each."""
 
+    def shrink(self, prompt_tokens: int) -> bool:
+        """A step with so many found too little memory; whether later ones will have fewer."""
+
 
 class TokenBudget:
     """Keeps the time between two tokens of a stream near `target_s` while prompts are read."""

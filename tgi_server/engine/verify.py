@@ -6,11 +6,20 @@ written before any are read. So a token gets the same bits as without guessing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from tgi_server.engine.plan import Plan, Sampled, Work
+
+# Guesses what follows the tokens of a sequence; a step verifies all guesses at once.
+Guess = Callable[[list[int]], list[int]]
+
+
+def no_guess(tokens: list[int]) -> list[int]:
+    """Without speculation, one token a step."""
+    del tokens
+    return []
 
 
 def unrolled(plan: Plan) -> Plan:
