@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu --model models/SmolLM2-135M-Instruct [--isa avx2] [--threads 2]
 
-Figures through HTTP are `benchmarks.serving`'s.
+Figures through HTTP are those of `benchmarks.cpu_serving`.
 """
 
 from __future__ import annotations
