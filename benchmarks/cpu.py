@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu --model models/SmolLM2-135M-Instruct [--isa avx2] [--threads 2]
 
-Figures through HTTP are `benchmarks.serving`'s.
+Figures through HTTP are those of `benchmarks.cpu_serving`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from tgi_kernels import cpu
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_server.config import EngineConfig
 from tgi_server.engine.batch import BatchBuilder
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Sampled
 from tgi_server.engine.request import GenerationRequest
 from tgi_server.engine.runner import CpuRunner
-from tgi_server.engine.scheduler import Limits, Scheduler
+from tgi_server.engine.scheduler import Scheduler
 
 SHAPES = ((576, 3072), (2048, 8192))  # in, out features: gate and up of SmolLM2-135M, and of a model of 1.2 B
 PROMPT_TOKENS = 1024

@@ -4,7 +4,8 @@
     python -m benchmarks.serving --requests 64 --rate 4 --input-tokens 128 --output-tokens 64
 
 Arrivals do not wait for answers (Poisson at --rate a second; `inf` sends all at once), so a slow server sees its
-queue grow as in life. The client reads raw sockets and parses nothing but line starts while tokens come.
+queue grow as in life. The client reads raw sockets and parses nothing but line starts while tokens come; what it costs
+stands in the last line, in per cent of one core.
 With --long-prompt one more request, of that many tokens, comes when all streams run; only the gaps between
 tokens while it is read count then.
 """
@@ -19,9 +20,15 @@ import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, cast
 from urllib.parse import urlsplit
 
+import uvloop
+
 from benchmarks.harness import ROOT, Report, cpu_name, csrc_sha256
+
+_EVENT: Final = b"\ndata: {"
+_FAILURE: Final = b'\ndata: {"error"'
 
 
 @dataclass
@@ -94,26 +101,113 @@ def body(rng: random.Random, input_tokens: int, output_tokens: int) -> bytes:
     ).encode()
 
 
+class Stream(asyncio.Protocol):
+    """Sends one request and times the events of its answer, of which it parses nothing but the beginnings.
+
+    A token costs the client some microseconds, so that one process can watch tens of thousands a second.
+    """
+
+    def __init__(self, request: bytes, ended: asyncio.Future[None]) -> None:
+        self.trace = Trace(sent=time.perf_counter())
+        self._request = request
+        self._ended = ended
+        self._tail = b""  # what may be the beginning of an event
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if not self._tail:
+            status, _, _ = data.partition(b"\r\n")
+            if b" 200 " not in status:
+                self.trace.error = data.decode(errors="replace")[-400:]
+        data = self._tail + data
+        if _FAILURE in data:
+            self.trace.error = data[data.index(_FAILURE) :].decode(errors="replace")[:400]
+        self.trace.tokens += [now] * data.count(_EVENT)
+        self._tail = data[1 - len(_EVENT) :]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self.trace.error = str(exc)
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
 async def ask(url: str, content: bytes) -> Trace:
     """Send one request and time the events of its stream."""
-    address = urlsplit(url)
+    address, loop = urlsplit(url), asyncio.get_running_loop()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
-    trace = Trace(sent=time.perf_counter())
-    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=1 << 22)
-    writer.write(head.encode() + content)
-    status = await reader.readline()
-    if b" 200 " not in status:
-        trace.error = status.decode().strip() + " " + (await reader.read()).decode(errors="replace")[-200:]
-    async for line in reader:
-        if line.startswith(b'data: {"error"'):
-            trace.error = line.decode()
-        elif line.startswith(b"data: {"):
-            trace.tokens.append(time.perf_counter())
-    writer.close()
-    return trace
+    ended: asyncio.Future[None] = loop.create_future()
+    stream = Stream(head.encode() + content, ended)
+    await loop.create_connection(lambda: stream, str(address.hostname), address.port or 80)
+    await ended
+    return stream.trace
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was seen of a load."""
+
+    load: Load
+    traces: list[Trace]
+    intruder: Trace | None  # of the long prompt
+    client_share: float  # of one core, taken by this process while it ran
+
+    @property
+    def answered(self) -> list[Trace]:
+        """The streams that came to their end. Raises SystemExit if there are none."""
+        good = [trace for trace in self.traces if not trace.error and len(trace.tokens) > 1]
+        if not good:
+            raise SystemExit(
+                f"no request was answered; the first error: {self.traces[0].error or 'no tokens'}"
+            )
+        for trace in good:
+            if len(trace.tokens) != self.load.output_tokens:
+                raise SystemExit(
+                    f"a stream had {len(trace.tokens)} events for {self.load.output_tokens} tokens"
+                )
+        return good
+
+    @property
+    def output_rate(self) -> float:
+        """Tokens a second, from the first request sent to the last token."""
+        good = self.answered
+        return sum(len(trace.tokens) for trace in good) / self._span_s
+
+    @property
+    def _span_s(self) -> float:
+        good = self.answered
+        return max(trace.tokens[-1] for trace in good) - min(trace.sent for trace in good)
+
+    def gaps_s(self) -> list[float]:
+        """Times between tokens; with a long prompt, of those that came while it was read."""
+        intruder = self.intruder
+        if intruder and not intruder.tokens:
+            raise SystemExit(f"the long prompt was not answered: {intruder.error}")
+        since, until = (intruder.sent, intruder.tokens[0]) if intruder else (-math.inf, math.inf)
+        gaps = [gap for trace in self.answered for gap in trace.gaps_s(since, until)]
+        if not gaps:
+            raise SystemExit(
+                "no two tokens came while the long prompt was read; ask for more --output-tokens"
+            )
+        return gaps
+
+    def goodput(self, goals: Goals) -> float:
+        """Requests a second that met the goals."""
+        return sum(map(goals.met, self.answered)) / self._span_s
+
+
+def measure(load: Load) -> Run:
+    """Put the load on the server and watch."""
+    began_s, spent_s = time.perf_counter(), time.process_time()
+    traces, intruder = uvloop.run(run(load))
+    share = (time.process_time() - spent_s) / (time.perf_counter() - began_s)
+    return Run(load, traces, intruder, share)
 
 
 async def run(load: Load) -> tuple[list[Trace], Trace | None]:
@@ -137,21 +231,14 @@ async def _all_decode(load: Load) -> None:
     await ask(load.url, body(random.Random(load.seed + 1), load.input_tokens, 4))
 
 
-def summarise(load: Load, traces: list[Trace], intruder: Trace | None, goals: Goals, report: Report) -> None:
+def summarise(run: Run, goals: Goals, report: Report) -> None:
     """Throughput, percentiles, and goodput: requests a second that met both goals."""
-    answered = [trace for trace in traces if not trace.error and len(trace.tokens) > 1]
-    if not answered:
-        raise SystemExit(f"no request was answered; the first error: {traces[0].error or 'no tokens'}")
-    span = max(trace.tokens[-1] for trace in answered) - min(trace.sent for trace in answered)
-    since, until = (intruder.sent, intruder.tokens[0]) if intruder else (-math.inf, math.inf)
-    gaps = [gap for trace in answered for gap in trace.gaps_s(since, until)]
-    if not gaps:
-        raise SystemExit("no two tokens came while the long prompt was read; ask for more --output-tokens")
+    answered, gaps = run.answered, run.gaps_s()
 
     def add(metric: str, value: float, unit: str, better: str = "lower") -> None:
-        report.add("serving", load.case, value, metric=metric, unit=unit, better=better)
+        report.add("serving", run.load.case, value, metric=metric, unit=unit, better=better)
 
-    add("output tokens", sum(len(trace.tokens) for trace in answered) / span, "tok/s", "higher")
+    add("output tokens", run.output_rate, "tok/s", "higher")
     times = {
         "ttft": [trace.first_s for trace in answered],
         "tpot": [trace.mean_gap_s for trace in answered],
@@ -163,10 +250,11 @@ def summarise(load: Load, traces: list[Trace], intruder: Trace | None, goals: Go
     mean = sum(gaps) / len(gaps)
     add("itl mean", 1000 * mean, "ms")
     add("itl p99 / mean", percentile(gaps, 0.99) / mean, "ratio")
-    add("goodput", sum(map(goals.met, answered)) / span, "req/s", "higher")
-    add("failed", len(traces) - len(answered), "requests")
-    if intruder:
-        add("ttft of the long prompt", 1000 * intruder.first_s, "ms")
+    add("goodput", run.goodput(goals), "req/s", "higher")
+    add("failed", len(run.traces) - len(answered), "requests")
+    if run.intruder:
+        add("ttft of the long prompt", 1000 * run.intruder.first_s, "ms")
+    add("client", 100 * run.client_share, "% of a core")
 
 
 def main() -> None:
@@ -190,7 +278,7 @@ def main() -> None:
     load = Load(args.url, args.requests, args.rate, args.input_tokens, args.output_tokens, args.long_prompt)
     goals = Goals(args.ttft_goal_ms / 1000, args.tpot_goal_ms / 1000)
     report = Report(args.device, csrc_sha256())
-    summarise(load, *asyncio.run(run(load)), goals, report)
+    summarise(measure(load), goals, report)
     if args.name:
         report.write(args.out / args.device / f"serving-{args.name}.jsonl")
     print(report.table())

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.e2e.conftest import NEW_TOKENS, Reference
-from tests.e2e.inprocess import Answer, Rig
+from tests.e2e.inprocess import LIKELIEST, Answer, Rig
 from tgi_kernels import cpu
 from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.request import Sampling
 from tgi_server.engine.runner import CpuRunner
+from tgi_server.engine.sequence import pages_for
+from tgi_server.engine.verify import Guess
 
 TIE = 1e-3  # transformers' two best logits may be this near; either is then right
 SOME_TOKENS = 20  # of an answer, where computing all would prove no more: past a page's end
@@ -43,43 +46,43 @@ def test_an_answer_has_the_same_bits_among_sixteen(
     assert max(map(len, rig.steps)) == 16
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64, 256])
+@pytest.mark.parametrize(("chunk", "depth"), [(1, 1), (7, 0), (16, 1), (64, 0), (256, 1)])
 def test_an_answer_has_the_same_bits_however_its_prompt_is_cut(
-    runner: CpuRunner, reference: Reference, chunk: int
+    runner: CpuRunner, reference: Reference, chunk: int, depth: int
 ) -> None:
-    for prompt, answer in zip(reference.prompts, reference.answers, strict=True):
-        if len(prompt) > 40 * chunk:
-            continue  # so many steps prove no more
-        rig = Rig(runner, batch_tokens=chunk)
-        assert rig.generate([prompt], SOME_TOKENS) == [answer.first(SOME_TOKENS)]
-        assert rig.steps[: -(-len(prompt) // chunk) - 1] == [[chunk]] * ((len(prompt) - 1) // chunk)
+    """Beside up to fifteen that decode already."""
+    read = [i for i, prompt in enumerate(reference.prompts) if chunk > 1 or len(prompt) < 100]
+    prompts = [reference.prompts[i] for i in read]
+    rig = Rig(runner, sequences=16, chunk=chunk, depth=depth)
+    assert rig.generate(prompts, NEW_TOKENS) == [reference.answers[i] for i in read]
+    for i, prompt in enumerate(prompts):
+        pieces = [chunk] * (len(prompt) // chunk) + [len(prompt) % chunk]
+        assert rig.chunks[i] == [piece for piece in pieces if piece]
 
 
 def test_an_answer_has_the_same_bits_when_prompts_are_cut_among_streams(
     runner: CpuRunner, reference: Reference
 ) -> None:
     rig = Rig(runner, sequences=16, batch_tokens=61)
-    answers = rig.generate(reference.prompts, SOME_TOKENS)
-    assert answers == [answer.first(SOME_TOKENS) for answer in reference.answers]
+    assert rig.generate(reference.prompts, NEW_TOKENS) == reference.answers
     assert any(len(step) > 1 and max(step) > 1 for step in rig.steps)
 
 
-@pytest.mark.parametrize("asked_before", [0, 40], ids=["prompt", "generated"])
+@pytest.mark.parametrize(("asked_before", "depth"), [(0, 1), (33, 0)], ids=["prompt", "generated"])
 def test_an_answer_has_the_same_bits_after_a_prefix_hit(
-    runner: CpuRunner, reference: Reference, asked_before: int
+    runner: CpuRunner, reference: Reference, asked_before: int, depth: int
 ) -> None:
     """The second request finds the pages of the first: of its prompt, and of what was generated."""
-    rig = Rig(runner, sequences=16)
-    rig.generate(reference.prompts, max(asked_before, 1))
+    rig = Rig(runner, sequences=16, depth=depth)
+    begun = rig.generate(reference.prompts, max(asked_before, 1))
+    assert begun == [answer.first(max(asked_before, 1)) for answer in reference.answers]
     grown = [
         prompt + answer.ids[:asked_before]
         for prompt, answer in zip(reference.prompts, reference.answers, strict=True)
     ]
-    rig.steps.clear()
-    answers = rig.generate(grown, SOME_TOKENS)
-    expected = [answer.after(asked_before).first(SOME_TOKENS) for answer in reference.answers]
-    assert answers == expected
-    computed = sum(map(sum, rig.steps)) - len(grown) * (SOME_TOKENS - 1)
+    answers = rig.generate(grown, NEW_TOKENS - asked_before)
+    assert answers == [answer.after(asked_before) for answer in reference.answers]
+    computed = sum(map(sum, rig.steps)) - len(grown) * (NEW_TOKENS - asked_before - 1)
     # All that was computed before is found, in whole pages; the last token is always computed.
     before = [len(prompt) + max(asked_before - 1, 0) for prompt in reference.prompts]
     found = [min(done, len(prompt) - 1) // PAGE_TOKENS for done, prompt in zip(before, grown, strict=True)]
@@ -87,15 +90,62 @@ def test_an_answer_has_the_same_bits_after_a_prefix_hit(
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_an_answer_has_the_same_bits_after_preemption(
+def test_an_answer_has_the_same_bits_after_preemption_for_want_of_pages(
     runner: CpuRunner, reference: Reference, depth: int
 ) -> None:
-    some = range(10)
+    """What is evicted is computed again: of short prompts with room for few, and of the long one beside them."""
+    short = range(len(reference.prompts) - 1)
     rig = Rig(runner, pages=20, sequences=16, depth=depth)  # room for four or five at their full length
-    answers = rig.generate([reference.prompts[i] for i in some], NEW_TOKENS)
-    assert answers == [reference.answers[i] for i in some]
-    assert rig.preemptions > 0
+    answers = rig.generate([reference.prompts[i] for i in short], NEW_TOKENS)
+    assert answers == [reference.answers[i] for i in short]
+    assert sum(epoch > 0 for epoch in rig.epochs.values()) >= 10
     assert rig.pool.available == rig.pool.total
+    some = [0, 1, 2, 3, len(reference.prompts) - 1]
+    prompts = [reference.prompts[i] for i in some]
+    rig = Rig(runner, pages=sum(pages_for(len(prompt) + 16) for prompt in prompts), sequences=16, depth=depth)
+    assert rig.generate(prompts, NEW_TOKENS) == [reference.answers[i] for i in some]
+    assert rig.epochs["4"] > 0, "the long one goes, it came last"
+
+
+@pytest.mark.parametrize(("step", "depth"), [(7, 0), (40, 1)])
+def test_an_answer_has_the_same_bits_after_urgent_requests_took_its_place(
+    runner: CpuRunner, reference: Reference, step: int, depth: int
+) -> None:
+    rig = Rig(runner, sequences=len(reference.prompts), depth=depth)
+    assert rig.generate(reference.prompts, NEW_TOKENS, interrupt_at=step) == reference.answers
+    assert all(rig.epochs[str(i)] > 0 for i in range(len(reference.prompts)))
+
+
+def guesser(prompts: list[list[int]], answers: list[Answer]) -> Guess:
+    """Guesses up to four tokens of these answers, now and then a wrong one among them."""
+    known = [prompt + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def guess(tokens: list[int]) -> list[int]:
+        whole = next(one for one in known if one[: len(tokens)] == tokens)
+        guesses = whole[len(tokens) : len(tokens) + len(tokens) % 5]
+        if guesses and len(tokens) % 3 == 0:
+            guesses[-1] += 1
+        return guesses
+
+    return guess
+
+
+DRAWN = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=5)
+
+
+@pytest.mark.parametrize("sampling", [LIKELIEST, DRAWN], ids=["likeliest", "drawn"])
+def test_an_answer_has_the_same_bits_when_its_tokens_were_guessed(
+    runner: CpuRunner, reference: Reference, sampling: Sampling
+) -> None:
+    """A step verifies several tokens of each sequence, wrong guesses among them."""
+    expected = reference.answers
+    if sampling != LIKELIEST:
+        expected = Rig(runner, sequences=16).generate(reference.prompts, NEW_TOKENS, sampling=sampling)
+    rig = Rig(runner, sequences=16, guess=guesser(reference.prompts, expected))
+    assert rig.generate(reference.prompts, NEW_TOKENS, sampling=sampling) == expected
+    assert len(rig.steps) < 1.4 * NEW_TOKENS, (
+        "without guesses, 24 answers take twice 64 steps at sixteen a time"
+    )
 
 
 def test_an_answer_has_the_same_bits_on_any_number_of_threads(
@@ -105,8 +155,8 @@ def test_an_answer_has_the_same_bits_on_any_number_of_threads(
     try:
         for other in (1, 3):
             cpu.set_num_threads(other)
-            answers = Rig(runner, sequences=16).generate(reference.prompts[:-1], SOME_TOKENS)
-            assert answers == [answer.first(SOME_TOKENS) for answer in reference.answers[:-1]]
+            answers = Rig(runner, sequences=16).generate(reference.prompts, NEW_TOKENS)
+            assert answers == reference.answers
     finally:
         cpu.set_num_threads(threads)
 

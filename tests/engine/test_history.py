@@ -10,10 +10,12 @@ import pytest
 from tests.engine.fake_runner import FakeLaunched, FakeRunner, expected
 from tests.engine.test_scheduler import mostly_right, request
 from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
-from tgi_server.engine.scheduler import Limits, Scheduler, no_guess
+from tgi_server.engine.scheduler import Scheduler
+from tgi_server.engine.verify import no_guess
 
 OPERATIONS = 100_000
 PAGES, QUEUE = 12, 10

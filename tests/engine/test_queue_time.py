@@ -8,8 +8,9 @@ import pytest
 
 from tests.engine.fake_runner import expected
 from tests.engine.test_scheduler import Rig, request
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.request import FinishReason
-from tgi_server.engine.scheduler import Limits, Scheduler
+from tgi_server.engine.scheduler import Scheduler
 
 
 def limited(seconds: float, sequences: int = 1, pages: int = 64) -> Rig:

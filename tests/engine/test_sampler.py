@@ -11,11 +11,12 @@ from tests.engine.fake_runner import FakeRunner
 from tgi_kernels.reference import sampling as oracle
 from tgi_kernels.sampling import greedy
 from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Asked, Plan, Work
 from tgi_server.engine.request import GenerationRequest, Sampling
 from tgi_server.engine.sampler import MAX_EDITS, PROMPT_ROWS, Sampler, results
-from tgi_server.engine.scheduler import Limits, Scheduler
+from tgi_server.engine.scheduler import Scheduler
 
 VOCAB = 50
 # With equal logits the lowest id that has not occurred is the likeliest: the answer counts upwards.

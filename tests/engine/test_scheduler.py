@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from tests.engine.fake_runner import FakeLaunched, FakeRunner, expected, next_token
 from tgi_server.config import PAGE_TOKENS
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.request import FinishReason, GenerationRequest
-from tgi_server.engine.scheduler import Guess, Limits, Scheduler, no_guess
+from tgi_server.engine.scheduler import Scheduler
+from tgi_server.engine.verify import Guess, no_guess
 
 
 @dataclass

@@ -13,8 +13,9 @@ from tests.engine.fake_runner import expected
 from tests.engine.test_scheduler import Rig, request
 from tgi_server.config import PAGE_TOKENS
 from tgi_server.engine.batch import BatchBuilder
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool, root_key
-from tgi_server.engine.scheduler import Limits, Scheduler
+from tgi_server.engine.scheduler import Scheduler
 
 PROMPT = list(range(5 * PAGE_TOKENS + 3))
 OWNERS = list(product((0, 1, 2), ("", "alice", "bob")))

@@ -7,6 +7,7 @@ so the budget fits the machine, the model and the load without a setting.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 # Weight of the past per step: about the last twenty steps count. Late tokens of a long prompt cost several times
 # what its first ones did, and that should be noticed while it is read.
@@ -49,6 +50,19 @@ class StepTimes:
         if slope <= 0.0:
             slope = self.seconds / self.tokens
         return max(0.0, (self.seconds - slope * self.tokens) / self.weight), slope
+
+
+class Budget(Protocol):
+    """Says how many prompt tokens a step may take."""
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+
+    def prompt_tokens(self, decoding: int) -> int:
+        """Tokens left for prompts in a step in which `decoding` sequences get one token each."""
+
+    def shrink(self, prompt_tokens: int) -> bool:
+        """A step with so many found too little memory; whether later ones will have fewer."""
 
 
 class TokenBudget:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tgi_server.config import EngineConfig
 from tgi_server.engine.failures import DeviceLost, OutOfDeviceMemory
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.request import (
@@ -21,7 +22,7 @@ from tgi_server.engine.request import (
     ToEngine,
     TokenEvent,
 )
-from tgi_server.engine.scheduler import Limits, Scheduler
+from tgi_server.engine.scheduler import Scheduler
 
 _STATUS_EVERY_S = 0.5
 

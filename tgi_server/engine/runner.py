@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,9 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.sampler import Drawn, Sampler, Scored, results
+from tgi_server.engine.sampler import Sampler, results
+from tgi_server.engine.verify import folded, unrolled
+from tgi_server.layers.cache import pool_shape
 from tgi_server.models import load_model
 
 
@@ -20,13 +21,11 @@ from tgi_server.models import load_model
 class Launched:
     """A step that is done."""
 
-    plan: Plan
-    drawn: Drawn
-    scored: Mapping[int, Scored]
+    sampled: list[Sampled]
 
     def result(self) -> list[Sampled]:
         """What each work item that samples or is scored got, in the plan's order."""
-        return results(self.plan, self.drawn, self.scored)
+        return self.sampled
 
 
 class CpuRunner:
@@ -37,9 +36,7 @@ class CpuRunner:
         model_config = ModelConfig.from_folder(config.model)
         self._model = load_model(Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32)
         self.num_pages = config.num_pages
-        spec = self._model.cache_specs[0]
-        shape = (len(self._model.cache_specs), config.num_pages, 2, spec.kv_heads, PAGE_TOKENS, spec.head_dim)
-        self._kv = torch.zeros(shape)
+        self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))
         self._last_ids = np.zeros(config.max_sequences, np.int64)
         self._sampler = Sampler(
@@ -49,12 +46,18 @@ class CpuRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Compute `plan`, which must not be empty."""
-        self._sampler.read(plan)
-        host = self._builder.build(plan)
+        steps = unrolled(plan)
+        self._sampler.read(steps)
+        host = self._builder.build(steps)
         host.token_ids[host.fed_at] = self._last_ids[host.fed_rows]
         batch = host.on_cpu()
         hidden = self._model(batch, self._kv)
-        scored = self._sampler.score(plan, hidden, self._model.logits)
-        drawn = self._sampler.draw(plan, self._model.logits(hidden[batch.logit_rows]))
-        self._last_ids[host.sampling_rows] = drawn.ids.numpy()
-        return Launched(plan, drawn, scored)
+        scored = self._sampler.score(steps, hidden, self._model.logits)
+        drawn = self._sampler.draw(steps, self._model.logits(hidden[batch.logit_rows]))
+        sampled = folded(plan, results(steps, drawn, scored))
+        for work, result in zip(
+            (work for work in plan.work if work.samples or work.scored), sampled, strict=True
+        ):
+            if work.samples:
+                self._last_ids[work.row] = result.token_ids[-1]
+        return Launched(sampled)

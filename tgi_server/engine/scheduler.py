@@ -17,43 +17,19 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from tgi_server.config import PAGE_TOKENS
-from tgi_server.engine.budget import TokenBudget
+from tgi_server.engine.budget import Budget, TokenBudget
+from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool, root_key
 from tgi_server.engine.plan import Plan, Sampled, Work
 from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tgi_server.engine.sequence import Sequence, pages_for
+from tgi_server.engine.verify import Guess, no_guess
 
 _key = attrgetter("key")
 
 # A request of priority p is served as if it had arrived p × this many seconds later (earlier when p < 0): it is
 # overtaken by more urgent ones for that long, and by nobody after.
 SECONDS_PER_PRIORITY = 10.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    max_batch_tokens: int  # tokens a step computes; at least max_sequences, so that decoding never waits
-    max_sequences: int
-    max_queue: int  # requests waiting or running
-    target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
-    queue_timeout_s: float = 0.0  # a request not begun within it ends; 0: it waits as long as it takes
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens < self.max_sequences:
-            raise ValueError(
-                f"max_batch_tokens is {self.max_batch_tokens}, fewer than the {self.max_sequences} sequences that may "
-                "decode in one step; raise it or lower max_sequences"
-            )
-
-
-# Guesses what follows the tokens of a sequence; a step verifies all guesses at once.
-Guess = Callable[[list[int]], list[int]]
-
-
-def no_guess(tokens: list[int]) -> list[int]:
-    """Without speculation, one token a step."""
-    del tokens
-    return []
 
 
 @dataclass
@@ -76,14 +52,17 @@ class Scheduler:
         guess: Guess = no_guess,
         *,
         model: str = "",
+        budget: Budget | None = None,
     ) -> None:
-        """clock: seconds, monotonic. model: whose keys and values the pool holds."""
+        """clock: seconds, monotonic. model: whose keys and values the pool holds. budget: by default one that
+        learns from the steps what `limits.target_s` has room for.
+        """
         self._model = model
         self._pool = pool
         self._guess = guess
         self._limits = limits
         self._clock = clock
-        self._budget = TokenBudget(limits.target_s, limits.max_batch_tokens)
+        self._budget: Budget = budget or TokenBudget(limits.target_s, limits.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by key
         self._unbegun: deque[str] = deque()  # ids by arrival; those begun or gone are dropped when met
@@ -102,20 +81,9 @@ class Scheduler:
 
     def add(self, request: GenerationRequest) -> TokenEvent | None:
         """Queue a request; the event that refuses it if it cannot be taken."""
-        if len(self._sequences) >= self._limits.max_queue:
-            full = f"{len(self._sequences)} requests are queued or running, the limit; try again later"
-            return _end(request, FinishReason.REJECTED, full)
-        if request.id in self._sequences:
-            used = f"request id {request.id!r} is already in use"
-            return _end(request, FinishReason.REJECTED, used)
-        longest = len(request.prompt_ids) + request.max_new_tokens - 1  # the last token is never computed
-        if pages_for(longest) > self._pool.total:
-            return _end(
-                request,
-                FinishReason.REJECTED,
-                f"{longest} tokens need {pages_for(longest)} pages of the cache, which has {self._pool.total}; "
-                "ask for fewer tokens",
-            )
+        objection = self._objection(request)
+        if objection:
+            return _end(request, FinishReason.REJECTED, objection)
         now = self._clock()
         self._added += 1
         key = (now + request.priority * SECONDS_PER_PRIORITY, self._added)
@@ -126,6 +94,20 @@ class Scheduler:
         if self._limits.queue_timeout_s:
             self._unbegun.append(request.id)
         return None
+
+    def _objection(self, request: GenerationRequest) -> str:
+        """Why a request cannot be taken; empty if it can."""
+        if len(self._sequences) >= self._limits.max_queue:
+            return f"{len(self._sequences)} requests are queued or running, the limit; try again later"
+        if request.id in self._sequences:
+            return f"request id {request.id!r} is already in use"
+        longest = len(request.prompt_ids) + request.max_new_tokens - 1  # the last token is never computed
+        pages, total = pages_for(longest), self._pool.total
+        if pages > total:
+            return (
+                f"{longest} tokens need {pages} pages of the cache, which has {total}; ask for fewer tokens"
+            )
+        return ""
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; unknown ids (already finished) are no error."""
@@ -194,7 +176,7 @@ class Scheduler:
                 continue  # cancelled or finished since
             if result is not None and not result.is_number:
                 self._drop(sequence)
-                events.append(TokenEvent(work.id, finish=FinishReason.FAILED, error=_NOT_A_NUMBER))
+                events.append(_end(sequence.request, FinishReason.FAILED, _NOT_A_NUMBER))
                 continue
             if sequence.epoch == work.epoch:
                 sequence.computed = work.start + work.count
@@ -239,7 +221,7 @@ class Scheduler:
             sequence.take_back(work)
             if work.id in ending:
                 self._drop(sequence)
-                events.append(TokenEvent(work.id, finish=FinishReason.EXHAUSTED, error=message))
+                events.append(_end(sequence.request, FinishReason.EXHAUSTED, message))
         return events
 
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
