@@ -1,4 +1,4 @@
-"""Row 76 of the list of faults this suite was written from: nothing is left behind by clients that hang up."""
+"""Row 76 of `docs/faults.md`: nothing is left behind by clients that hang up."""
 
 from __future__ import annotations
 

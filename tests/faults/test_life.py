@@ -1,6 +1,6 @@
 """Signals, stopped and dying processes, logs nobody reads, clocks that jump, and values that are no numbers.
 
-Numbers are rows of the list of faults this suite was written from. Each test has a server of its own.
+Numbers are rows of `docs/faults.md`. Each test has a server of its own.
 """
 
 from __future__ import annotations

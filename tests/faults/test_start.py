@@ -1,4 +1,4 @@
-"""Machines that lack something. Numbers are rows of the list of faults this suite was written from."""
+"""Machines that lack something. Numbers are rows of `docs/faults.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Silence that lasts, and clocks that jump: rows 81 and 96 of the list the faults' tests were written from."""
+"""Silence that lasts, and clocks that jump: rows 81 and 96 of `docs/faults.md`."""
 
 from __future__ import annotations
 
