@@ -6,7 +6,9 @@
 #     docker run --gpus all -p 8080:80 -v "$PWD/data:/data" --user "$(id -u)" tgi-server --model-id OWNER/NAME
 #
 # The user needs to write to /data: give your own id, as above, or a folder that user 1000 owns. Docker lets any
-# user listen on port 80; where that is not so, pass -e PORT=8080.
+# user listen on port 80; where that is not so, pass -e PORT=8080. Where there is IPv6 alone, add --hostname ::
+# The root may be read-only; nothing but /data is written. BUILD_IMAGE must be of the last stage's release: the virtual
+# environment is moved as it is.
 
 ARG BUILD_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -29,6 +31,8 @@ COPY --from=build /opt/tgi /opt/tgi
 ENV PATH=/opt/tgi/bin:$PATH \
     HF_HOME=/data \
     HUGGINGFACE_HUB_CACHE=/data \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PORT=80 \
     PYTHONUNBUFFERED=1
 USER 1000:1000

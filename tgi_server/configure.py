@@ -178,14 +178,17 @@ def _device(wanted: str, values: Values) -> str:
                 f"--device cuda: CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU; unset it"
             )
         return "cpu"
-    built = (Path(tgi_kernels.__file__).parent / "_cuda.so").exists()
-    driver = Path("/dev/nvidiactl").exists()
-    if wanted == "cuda" and not (built and driver):
-        missing = (
-            "no NVIDIA driver is loaded" if built else "the CUDA kernels were not built (TGI_CUDA_ARCHS=90a)"
-        )
-        raise StartupError(f"--device cuda: {missing}; mend that or choose --device cpu")
-    return "cuda" if wanted != "cpu" and built and driver else "cpu"
+    trouble = _gpu_trouble()
+    if wanted == "cuda" and trouble:
+        raise StartupError(f"--device cuda: {trouble}; mend that or choose --device cpu")
+    return "cpu" if wanted == "cpu" or trouble else "cuda"
+
+
+def _gpu_trouble() -> str | None:
+    """Why no GPU can be used, as far as can be told without starting CUDA."""
+    if not (Path(tgi_kernels.__file__).parent / "_cuda.so").exists():
+        return "the CUDA kernels were not built (TGI_CUDA_ARCHS=90a)"
+    return None if Path("/dev/nvidiactl").exists() else "no NVIDIA driver is loaded"
 
 
 def _free_gpu_bytes() -> int:

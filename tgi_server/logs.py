@@ -12,19 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 
+from tgi_server.errors import StartupError
+
 _BACKLOG_LINES = 10_000
 _LAST_LINES_S = 1.0  # how long the end waits for what is still to be written
+
+TOO_FEW_PROCESSES = "the limit of processes (ulimit -u, or the control group's pids.max) is too low"
 
 _LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
 
 @contextmanager
 def logging_to_stderr(level: str, *, as_json: bool) -> Iterator[None]:
-    """Log to standard error while inside. Lines that nobody reads are dropped once many wait."""
+    """Log to standard error while inside. Lines that nobody reads are dropped once many wait.
+
+    Raises StartupError if there may be no thread for it.
+    """
     lines: queue.Queue[str | None] = queue.Queue(_BACKLOG_LINES)
     # Straight to the descriptor: a thread stuck in sys.stderr would hold its lock, which the interpreter's end needs.
     writer = threading.Thread(target=_Writer(2).run, args=(lines,), name="log", daemon=True)
-    writer.start()
+    try:
+        writer.start()
+    except RuntimeError as error:
+        raise StartupError(f"{error}: {TOO_FEW_PROCESSES}") from None
     handler = _Handler(lines)
     handler.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
     root = logging.getLogger()

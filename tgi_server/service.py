@@ -108,7 +108,7 @@ class _Service:
         if not engine.ended.done():
             await self._drain(engine, app)
         if engine.ended.done() and not (self._signals and not app[METRICS].active):
-            log.error("%s; the service ends", engine.client.status.detail)
+            log.error("%s; the service ends", engine.last_words)
             await asyncio.sleep(_LAST_WORDS_S)
             return 1
         return 128 + self._signals[1] if len(self._signals) > 1 else 0

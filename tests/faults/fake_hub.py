@@ -53,6 +53,7 @@ class Hub:
     url: str = ""
     sent: dict[str, int] = field(default_factory=dict)  # bytes of weights sent, by owner
     ranges: list[str] = field(default_factory=list)  # as downloads that go on asked for them
+    tokens: set[str] = field(default_factory=set)  # that requests carried
     _cut: set[str] = field(default_factory=set)
 
     def app(self) -> web.Application:
@@ -64,6 +65,7 @@ class Hub:
 
     async def _about(self, request: web.Request) -> web.Response:
         owner = request.match_info["owner"]
+        self.tokens.add(request.headers.get("Authorization", ""))
         if owner in REFUSALS:
             status, code = REFUSALS[owner]
             return web.Response(status=status, headers={"X-Error-Code": code} if code else {})

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, incomplete or lie. Numbers are rows of the list of faults this suite was written from.
+"""Checkpoints that are damaged, incomplete or lie. Numbers are rows of `docs/faults.md`.
 
 What front end and engine read is the same code: most cases need no process.
 """

@@ -1,4 +1,4 @@
-"""A Hub that refuses, stalls and breaks off: row 112 of the list of faults this suite was written from."""
+"""A Hub that refuses, stalls and breaks off: row 112 of `docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def test_a_refusal_says_what_to_do(hub: Hub, tmp_path: Path, owner: str, advice:
     assert "Traceback" not in error
 
 
-def test_the_token_goes_to_the_hub_that_was_named_and_is_not_shown(hub: Hub, tmp_path: Path) -> None:
+def test_the_token_goes_to_the_hub_and_is_not_shown(hub: Hub, tmp_path: Path) -> None:
     status, out, error = ended(download(hub, "gated/model", tmp_path, HF_TOKEN="hf_secretsecret"))
     assert status == 2
+    assert "Bearer hf_secretsecret" in hub.tokens
     assert "secret" not in out + error
 
 

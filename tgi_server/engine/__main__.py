@@ -7,6 +7,7 @@ the configuration, so there is no argument or environment variable to read.
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -28,10 +29,11 @@ from tgi_server.engine.gpu_runner import GpuRunner
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.errors import StartupError
-from tgi_server.logs import logging_to_stderr
+from tgi_server.logs import TOO_FEW_PROCESSES, logging_to_stderr
 from tgi_server.models import load_model
 
 _PR_SET_PDEATHSIG = 1
+_NOT_OURS = (MemoryError, OSError, RuntimeError)  # the device's memory is full, a file cannot be read
 _NOT_FOR_US = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 log = logging.getLogger(__name__)
@@ -48,29 +50,26 @@ def main() -> int:
     try:
         config = channel.receive_config()
         with logging_to_stderr(config.log_level, as_json=config.log_as_json):
-            return _serve(config, channel)
+            _serve(config, channel)
+    except StartupError as error:
+        channel.send(EngineStatus(phase="failed", detail=str(error)))
+        return 1
     except PeerGone:
-        return 0
+        pass
+    return 0
 
 
-def _serve(config: EngineConfig, channel: Channel) -> int:
-    """Load the model and compute until the front end is gone (PeerGone); 1 if there is nothing to compute with."""
+def _serve(config: EngineConfig, channel: Channel) -> None:
+    """Load the model and compute until the front end is gone (PeerGone). Raises StartupError if it cannot be loaded."""
     channel.send(EngineStatus(phase="loading", detail=f"reading {config.model.name}"))
     try:
         if config.device == "cpu":
             config = set_up_cpu(config)
         runner = _runner(config)
-    except StartupError as error:
-        channel.send(EngineStatus(phase="failed", detail=str(error)))
-        return 1
-    except (
-        MemoryError,
-        OSError,
-        RuntimeError,
-    ) as error:  # the device's memory is full, a file cannot be read
+    except _NOT_OURS as error:
         log.exception("loading failed")
-        channel.send(EngineStatus(phase="failed", detail=f"the model cannot be loaded: {error}"))
-        return 1
+        hint = f": {TOO_FEW_PROCESSES}" if os.strerror(errno.EAGAIN) in str(error) else ""
+        raise StartupError(f"the model cannot be loaded: {error}{hint}") from None
     # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
     gc.collect()
     gc.freeze()
@@ -82,7 +81,6 @@ def _serve(config: EngineConfig, channel: Channel) -> int:
         channel.send(EngineStatus(phase="failed", detail=str(error)))
         # At once: what Python and torch would free on their way out can only fail, and may hang.
         os._exit(1)
-    return 0
 
 
 def set_up_cpu(config: EngineConfig) -> EngineConfig:

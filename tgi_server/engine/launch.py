@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from tgi_server.config import EngineConfig
 from tgi_server.engine.channel import encode_config
 from tgi_server.engine.client import EngineClient
+from tgi_server.errors import StartupError
+from tgi_server.logs import TOO_FEW_PROCESSES
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,13 @@ class EngineProcess:
     process: subprocess.Popen[bytes]
     client: EngineClient
     ended: asyncio.Future[int]  # its exit status; negative: the signal
+
+    @property
+    def last_words(self) -> str:
+        """Why it has ended: what it said itself, or what the kernel says."""
+        if self.client.status.phase == "failed":
+            return self.client.status.detail
+        return f"the engine process {_end_of(self.ended.result())}"
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         """Hang up and wait; kill it if it does not end, or is loading and would notice only after that."""
@@ -37,15 +46,19 @@ class EngineProcess:
 async def start_engine(config: EngineConfig) -> EngineProcess:
     """Start `python -m tgi_server.engine` on one end of a socket pair and connect to the other.
 
-    Must be called from the main thread: the engine dies with the thread that started it.
+    Must be called from the main thread: the engine dies with the thread that started it. Raises StartupError if
+    there may be no more processes.
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tgi_server.engine"],
-            stdin=theirs.fileno(),
-            start_new_session=True,  # Ctrl-C in the terminal is the front end's to handle
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tgi_server.engine"],
+                stdin=theirs.fileno(),
+                start_new_session=True,  # Ctrl-C in the terminal is the front end's to handle
+            )
+        except OSError as error:
+            raise StartupError(f"no process can be started ({error.strerror}): {TOO_FEW_PROCESSES}") from None
     ours.setblocking(True)
     ours.sendall(encode_config(config))
     client = await EngineClient.connect(ours)

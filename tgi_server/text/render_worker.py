@@ -58,6 +58,9 @@ class Rendered(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_DFL
+    )  # a front end that ends while this starts wants no traceback
     frames = _frames()
     setup = msgspec.msgpack.decode(next(frames)[0], type=Setup)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory_bytes, setup.memory_bytes))
