@@ -59,8 +59,11 @@ def test_llama_8b_takes_two_bytes_a_parameter_and_128_kib_a_token() -> None:
     plan = plan_8b(80)
     assert plan.weights_bytes == 2 * PARAMETERS  # 16.06 GB
     assert plan.page_bytes == 16 * 128 * 1024
-    assert plan.reserve_bytes == 4 * GIB + 131072 * 128 * 4
-    assert plan.pages == (80 * GIB - plan.weights_bytes - plan.reserve_bytes) // plan.page_bytes
+    tables = 131072 * 128 * 4 + 64 * 4 * (131072 + 2 * 8192)
+    step = 2 * (256 * (3 * 4096 + 3 * 14336) + 3 * 64 * 128256)
+    assert plan.activations_bytes == tables + step
+    assert plan.beside_bytes == 4 * GIB
+    assert plan.pages == (80 * GIB - plan.weights_bytes - plan.beside_bytes) // plan.page_bytes
     assert plan.fits and 0 <= plan.left_bytes < plan.page_bytes
 
 
@@ -103,7 +106,7 @@ def test_what_does_not_fit_names_what_would() -> None:
     lines = advice([tight, replace(hopeless, ranks=2)])
     assert (
         lines[0]
-        == f"1 of 24.00 GiB: --max-total-tokens {tight.tokens} fits; --max-total-tokens 131072 needs 35.02 GiB"
+        == f"1 of 24.00 GiB: --max-total-tokens {tight.tokens} fits; --max-total-tokens 131072 needs 34.96 GiB"
     )
     assert "there is no room for KV cache" in lines[1]
     with pytest.raises(StartupError, match=f"--max-total-tokens {tight.tokens} would fit"):
