@@ -55,6 +55,10 @@ def main() -> int:
             return _serve(config, channel)
     except PeerGone:
         return 0
+    except DeviceLost:
+        # The log is written by now. At once: what Python and torch would free on their way out can only fail, and
+        # may hang.
+        os._exit(1)
 
 
 def _serve(config: EngineConfig, channel: Channel) -> int:
@@ -86,8 +90,7 @@ def _serve(config: EngineConfig, channel: Channel) -> int:
     except DeviceLost as error:
         log.critical("%s", error)
         channel.send(EngineStatus(phase="failed", detail=str(error)))
-        # At once: what Python and torch would free on their way out can only fail, and may hang.
-        os._exit(1)
+        raise
     return 0
 
 
