@@ -101,6 +101,7 @@ def _serve(_given: Values, values: Values, warnings: Sequence[str]) -> int:
 
 
 def _plan(given: Values, values: Values, _warnings: Sequence[str]) -> int:
+    from tgi_server import start_times  # noqa: PLC0415
     from tgi_server.configure import memory_plans  # noqa: PLC0415
     from tgi_server.memory_plan import advice, table  # noqa: PLC0415
 
@@ -108,6 +109,7 @@ def _plan(given: Values, values: Values, _warnings: Sequence[str]) -> int:
     size = given.get("device_memory")
     plans = memory_plans(values, size if isinstance(size, int) else None)
     print(table(plans))
+    print(start_times.lines(plans))
     lines = advice(plans)
     if lines:
         print("", *lines, sep="\n")

@@ -16,7 +16,16 @@ from tgi_server.checkpoint.verify import verify
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
 from tgi_server.errors import StartupError
 from tgi_server.memory import usable_cores, usable_memory_bytes
-from tgi_server.memory_plan import DEGREES, PLANNED_TYPES, Asked, MemoryPlan, can_split, plan_memory, table
+from tgi_server.memory_plan import (
+    DEGREES,
+    PLANNED_TYPES,
+    Asked,
+    MemoryPlan,
+    can_plan,
+    can_split,
+    plan_memory,
+    table,
+)
 from tgi_server.options import keys_of
 
 log = logging.getLogger("tgi_server")
@@ -46,7 +55,7 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
     """
     folder = model_folder(str(values["model_id"]), _text(values, "revision"), only_config=True)
     model = ModelConfig.from_folder(folder)
-    if model.model_type not in PLANNED_TYPES or model.raw.get("quantization_config"):
+    if not can_plan(model):
         raise StartupError(
             f"{folder}: planned are {', '.join(PLANNED_TYPES)} that are not quantised; this is "
             f"{model.model_type!r}{', quantised' if model.raw.get('quantization_config') else ''}"

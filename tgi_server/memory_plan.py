@@ -12,12 +12,17 @@ from typing import Final
 from tgi_server.config import PAGE_TOKENS, ModelConfig
 from tgi_server.errors import StartupError
 
-# A GPU's part that weights and KV cache leave free: activations of the largest step, graphs, the allocator's rounding.
+# A GPU's part that weights and KV cache leave free at least: activations, tables, graphs, the allocator's rounding.
 GPU_RESERVE_BYTES: Final = 4 << 30
+# Of it, what activations and graphs may not take: workspaces of cuBLAS, rounding, what other processes come to need.
+_GPU_SPARE_BYTES: Final = 1 << 30
+# Of one decode graph, with its part of the activations that all share: 128 MiB for 12 of Llama 3.1 8B on an H200.
+_GRAPH_BYTES: Final = 11 << 20
 # Of a CPU's memory; the rest is for weights, activations and the page cache that holds the checkpoint.
 KV_SHARE_OF_CPU_MEMORY: Final = 0.25
-# Python, libraries and tokenizer of engine, front end and template renderer: 250 + 77 + 11 MB with the demo model.
-_CPU_PROCESSES_BYTES: Final = 340_000_000
+# What Python, libraries and tokenizers of engine, front end and template renderer allocate: 175 + 74 + 11 MB with the
+# demo model. Pages of library files are not counted: they count as free, see memory.usable_memory_bytes.
+_CPU_PROCESSES_BYTES: Final = 260_000_000
 DEGREES: Final = (1, 2, 4, 8)  # tensor-parallel ranks of the table
 PLANNED_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")  # what is built of the matrices counted here
 
@@ -49,9 +54,16 @@ class MemoryPlan:
     asked: Asked
     memory_bytes: int
     weights_bytes: int
-    reserve_bytes: int  # activations, rotary tables and what the processes take by themselves
+    activations_bytes: int  # of the largest step, and the tables of running sequences
+    graphs_bytes: int
+    reserve_bytes: int  # on a CPU, what the processes take by themselves
     page_bytes: int
     pages: int
+
+    @property
+    def beside_bytes(self) -> int:
+        """What neither weights nor KV cache may take."""
+        return self.activations_bytes + self.graphs_bytes + self.reserve_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -59,8 +71,8 @@ class MemoryPlan:
 
     @property
     def left_bytes(self) -> int:
-        """Negative if weights and reserve alone are too much."""
-        return self.memory_bytes - self.weights_bytes - self.reserve_bytes - self.kv_bytes
+        """Negative if all but the KV cache is too much already."""
+        return self.memory_bytes - self.weights_bytes - self.beside_bytes - self.kv_bytes
 
     @property
     def tokens(self) -> int:
@@ -74,15 +86,14 @@ class MemoryPlan:
     def needed_bytes(self) -> int:
         """Memory for one sequence of full length, beside weights and reserve."""
         kv_bytes = self.asked.pages_per_sequence * self.page_bytes
-        if self.on_gpu:
-            return self.weights_bytes + self.reserve_bytes + kv_bytes
-        return max(self.weights_bytes + self.reserve_bytes + kv_bytes, int(kv_bytes / KV_SHARE_OF_CPU_MEMORY))
+        needed = self.weights_bytes + self.beside_bytes + kv_bytes
+        return needed if self.on_gpu else max(needed, int(kv_bytes / KV_SHARE_OF_CPU_MEMORY))
 
     def check(self) -> None:
         """Raises StartupError with what would fit if not even one sequence of full length does."""
         if self.left_bytes < 0:
             raise StartupError(
-                f"weights take {_gib(self.weights_bytes)}, activations and processes {_gib(self.reserve_bytes)}, but "
+                f"weights take {_gib(self.weights_bytes)}, activations and reserve {_gib(self.beside_bytes)}, but "
                 f"only {_gib(self.memory_bytes)} of memory are usable; free some, or choose a smaller model"
             )
         check_pages(self.pages, self.page_bytes, self.asked.pages_per_sequence, self._beside)
@@ -90,7 +101,7 @@ class MemoryPlan:
     @property
     def _beside(self) -> str:
         if self.on_gpu:
-            return f"after the weights and a reserve of {_gib(self.reserve_bytes)}"
+            return f"after the weights and a reserve of {_gib(self.beside_bytes)}"
         return f"of {_gib(self.memory_bytes)} usable memory, at {KV_SHARE_OF_CPU_MEMORY:.0%} and after the weights"
 
 
@@ -127,17 +138,23 @@ def plan_memory(
     """
     kv_heads = _kv_heads(model, ranks)
     weights = _weights_bytes(model, stored, ranks, on_gpu)
-    tables = model.max_positions * model.head_dim * 4  # of the rotary embedding
-    reserve = tables + (
-        GPU_RESERVE_BYTES if on_gpu else _CPU_PROCESSES_BYTES + _activation_bytes(model, asked)
-    )
+    activations = _activation_bytes(model, asked, ranks, on_gpu) + _table_bytes(model, asked)
+    graphs = _graph_count(asked.sequences) * _GRAPH_BYTES if on_gpu else 0
+    reserve = _CPU_PROCESSES_BYTES
+    if on_gpu:
+        reserve = max(GPU_RESERVE_BYTES - activations - graphs, _GPU_SPARE_BYTES)
     page = model.num_layers * 2 * kv_heads * PAGE_TOKENS * model.head_dim * (2 if on_gpu else 4)
-    room = memory_bytes - weights - reserve
+    room = memory_bytes - weights - activations - graphs - reserve
     budget = room if on_gpu else min(room, int(memory_bytes * KV_SHARE_OF_CPU_MEMORY))
     pages = pages_within(budget, page, asked.pages_per_sequence, asked.sequences)
     if asked.cache_tokens:
         pages = min(pages, asked.cache_tokens // PAGE_TOKENS)
-    return MemoryPlan(ranks, on_gpu, asked, memory_bytes, weights, reserve, page, pages)
+    return MemoryPlan(ranks, on_gpu, asked, memory_bytes, weights, activations, graphs, reserve, page, pages)
+
+
+def can_plan(model: ModelConfig) -> bool:
+    """Whether the matrices counted here are all that the model has, and are stored as they are."""
+    return model.model_type in PLANNED_TYPES and not model.raw.get("quantization_config")
 
 
 def can_split(model: ModelConfig, ranks: int) -> bool:
@@ -196,13 +213,28 @@ def _tensors(model: ModelConfig, stored: Mapping[str, str], ranks: int) -> Itera
         yield f"{at}.input_layernorm.weight", 2 * hidden  # and the other norm
 
 
-def _activation_bytes(model: ModelConfig, asked: Asked) -> int:
-    """fp32 values of the largest step that are alive at once: a layer's for each token, three copies of the logits."""
-    q_and_kv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    attention = 4 * model.hidden_size + q_and_kv + model.num_heads * model.head_dim
-    mlp = 3 * model.hidden_size + 3 * model.intermediate_size
+def _activation_bytes(model: ModelConfig, asked: Asked, ranks: int, on_gpu: bool) -> int:
+    """Values of the largest step that are alive at once: a layer's for each token, three copies of the logits."""
+    heads, kv_heads, inner = (
+        model.num_heads // ranks,
+        _kv_heads(model, ranks),
+        -(-model.intermediate_size // ranks),
+    )
+    attention = 4 * model.hidden_size + 2 * (heads + kv_heads) * model.head_dim
+    mlp = 3 * model.hidden_size + 3 * inner
     values = asked.batch_tokens * max(attention, mlp) + 3 * asked.sequences * model.vocab_size
-    return 4 * values
+    return values * (2 if on_gpu else 4)
+
+
+def _graph_count(sequences: int) -> int:
+    """Sizes the engine captures: every eighth up to 64, then ever fewer, 40 at most."""
+    return min(40, 4 + min(sequences, 64) // 8 + max(0, sequences - 64) // 16)
+
+
+def _table_bytes(model: ModelConfig, asked: Asked) -> int:
+    """The rotary table; of each running sequence its pages (twice) and, for penalties, its tokens: int32 both."""
+    rotary = model.max_positions * model.head_dim * 4
+    return rotary + asked.sequences * 4 * (asked.total_tokens + 2 * asked.pages_per_sequence)
 
 
 def table(plans: Sequence[MemoryPlan]) -> str:
@@ -212,7 +244,9 @@ def table(plans: Sequence[MemoryPlan]) -> str:
         ("devices", [str(plan.ranks) for plan in plans]),
         ("memory of each", [_gib(plan.memory_bytes) for plan in plans]),
         ("weights", [_gib(plan.weights_bytes) for plan in plans]),
-        ("activations, reserve", [_gib(plan.reserve_bytes) for plan in plans]),
+        ("activations, tables", [_gib(plan.activations_bytes) for plan in plans]),
+        ("graphs", [_gib(plan.graphs_bytes) for plan in plans]),
+        ("reserve", [_gib(plan.reserve_bytes) for plan in plans]),
         ("KV cache", [_gib(plan.kv_bytes) for plan in plans]),
         ("left", [_gib(plan.left_bytes) for plan in plans]),
         ("KV cache of a token", [f"{plan.page_bytes / PAGE_TOKENS / 1024:g} KiB" for plan in plans]),

@@ -7,8 +7,10 @@ import logging
 import resource
 import signal
 import ssl
+import time
 from collections.abc import Callable, Mapping, Sequence
 
+import psutil
 import uvloop
 from aiohttp import web
 
@@ -133,6 +135,7 @@ class _Service:
             await app[RENDERER].start()
         if not await engine.client.wait_ready():
             return
+        log.info("ready %.1f s after the start", time.time() - psutil.Process().create_time())
         address = runner.addresses[0]
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'https' if self._tls else 'http'}://{host}:{address[1]}"

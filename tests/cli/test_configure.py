@@ -74,10 +74,11 @@ def test_the_start_tells_what_memory_is_for(folder: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, "tgi_server"):
         _, engine = configured(folder, max_sequences="2")
     lines = [record.getMessage() for record in caplog.records]
-    assert [line[:24].strip() for line in lines][:6] == [
-        "devices", "memory of each", "weights", "activations, reserve", "KV cache", "left",
+    values = {line[:24].strip(): line[24:].strip() for line in lines}
+    assert list(values)[:8] == [
+        "devices", "memory of each", "weights", "activations, tables", "graphs", "reserve", "KV cache", "left",
     ]  # fmt: skip
-    assert lines[7].split()[-1] == str(engine.num_pages * 16) == "1024"
+    assert values["tokens of cache"] == str(engine.num_pages * 16) == "1024"
 
 
 def test_a_template_may_come_from_another_file(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tgi_server.memory_plan import (
     table,
 )
 from tgi_server.models import ARCHITECTURES, load_model
+from tgi_server.start_times import start_times
 
 LLAMA_31_8B = {
     "model_type": "llama",
@@ -59,8 +60,11 @@ def test_llama_8b_takes_two_bytes_a_parameter_and_128_kib_a_token() -> None:
     plan = plan_8b(80)
     assert plan.weights_bytes == 2 * PARAMETERS  # 16.06 GB
     assert plan.page_bytes == 16 * 128 * 1024
-    assert plan.reserve_bytes == 4 * GIB + 131072 * 128 * 4
-    assert plan.pages == (80 * GIB - plan.weights_bytes - plan.reserve_bytes) // plan.page_bytes
+    tables = 131072 * 128 * 4 + 64 * 4 * (131072 + 2 * 8192)
+    step = 2 * (256 * (3 * 4096 + 3 * 14336) + 3 * 64 * 128256)
+    assert plan.activations_bytes == tables + step
+    assert plan.beside_bytes == 4 * GIB
+    assert plan.pages == (80 * GIB - plan.weights_bytes - plan.beside_bytes) // plan.page_bytes
     assert plan.fits and 0 <= plan.left_bytes < plan.page_bytes
 
 
@@ -103,7 +107,7 @@ def test_what_does_not_fit_names_what_would() -> None:
     lines = advice([tight, replace(hopeless, ranks=2)])
     assert (
         lines[0]
-        == f"1 of 24.00 GiB: --max-total-tokens {tight.tokens} fits; --max-total-tokens 131072 needs 35.02 GiB"
+        == f"1 of 24.00 GiB: --max-total-tokens {tight.tokens} fits; --max-total-tokens 131072 needs 34.96 GiB"
     )
     assert "there is no room for KV cache" in lines[1]
     with pytest.raises(StartupError, match=f"--max-total-tokens {tight.tokens} would fit"):
@@ -167,7 +171,17 @@ def test_every_architecture_that_is_served_can_be_planned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--device-memory", "80GiB"], 0, ["14.96 GiB", "128 KiB", "A server uses one device so far"]),
+        (
+            ["--device-memory", "80GiB"],
+            0,
+            [
+                "14.96 GiB",
+                "128 KiB",
+                "a start, about",
+                "  weights                        3.2 s",
+                "A server uses one device so far",
+            ],
+        ),
         (["--device-memory", "24G"], 1, ["NO", "fits; --max-total-tokens 131072 needs"]),
         (["--device-memory", "24G", "--max-model-len", "8192"], 0, ["sequences of 8192"]),
         (["--device", "cpu", "--device-memory", "80GB"], 1, ["74.51 GiB", "256 KiB"]),
@@ -215,3 +229,13 @@ def test_files_in_memory_do_not_count_against_a_control_group(
     assert memory.usable_memory_bytes() == 10_000
     (tmp_path / "memory.stat").write_text("anon 20000\ninactive_file 60000\nactive_file 10000\n")
     assert memory.usable_memory_bytes() == 70_000
+
+
+def test_the_phases_of_a_start_follow_from_what_has_to_be_read_and_zeroed() -> None:
+    gpu, cpu = start_times(plan_8b(80)), start_times(plan_8b(256, on_gpu=False))
+    assert list(gpu) == ["libraries", "weights", "cache and graphs"]
+    assert list(cpu) == ["libraries", "weights", "cache"]
+    assert gpu["weights"] == pytest.approx(3.21, abs=0.01), "16.06 GB at 5 GB/s"
+    assert gpu["weights"] == pytest.approx(2 * start_times(plan_8b(80, ranks=2))["weights"], rel=1e-3)
+    assert cpu["weights"] > 10 * gpu["weights"]
+    assert cpu["cache"] == pytest.approx(64 * GIB / 2e9, rel=0.01)

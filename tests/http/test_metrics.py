@@ -173,7 +173,8 @@ async def test_the_engines_numbers_come_from_its_status(start: Start) -> None:
     status = EngineStatus(
         phase="ready", waiting=3, running=2, free_pages=25, total_pages=100, prompt_tokens=90,
         prefix_hit_tokens=40, preemptions=1, prefill_steps=4, decode_steps=6, failed_decode_steps=1,
-        prefill_s=0.5, stepped_sequences=20,
+        prefill_s=0.5, stepped_sequences=20, prefill_step_buckets=[1, 0, 3, *[0] * 33],
+        step_size_buckets=[2, 3, 5, *[0] * 9],
     )  # fmt: skip
     found = await scrape(await start(FakeEngine(status=status)))
     expected = {
@@ -189,7 +190,14 @@ async def test_the_engines_numbers_come_from_its_status(start: Start) -> None:
         'tgi_batch_inference_count{method="decode"}': 7,
         'tgi_batch_inference_failure{method="decode"}': 1,
         'tgi_batch_inference_duration_sum{method="prefill"}': 0.5,
+        'tgi_batch_inference_duration_bucket{method="prefill",le="0.000225"}': 1,
+        'tgi_batch_forward_duration_bucket{method="prefill",le="0.0003375"}': 4,
+        'tgi_batch_inference_duration_count{method="prefill"}': 4,
+        'tgi_batch_inference_duration_count{method="decode"}': 0,
         "tgi_batch_next_size_sum": 20,
+        'tgi_batch_next_size_bucket{le="2"}': 5,
+        'tgi_batch_next_size_bucket{le="1024"}': 10,
+        "tgi_batch_next_size_count": 10,
     }
     assert expected.items() <= found.items()
 

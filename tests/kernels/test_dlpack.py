@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 import tgi_kernels
-from tgi_kernels import activation, attention, attention_cuda, matmul, norm, rope, sampling, skinny_matmul
+from tgi_kernels import (
+    activation,
+    attention,
+    attention_cuda,
+    matmul,
+    norm,
+    rope,
+    sampling,
+    skinny_matmul,
+    step,
+)
 from tgi_kernels.dlpack import on_arrays
 
 Call = tuple[Callable[..., Any], list[Any], dict[str, Any]]
@@ -58,6 +68,21 @@ def calls(device: str) -> Iterator[Call]:
         memory = attention_cuda.attention_decode_workspace(2, pages, HEADS, 1)
         yield attention_cuda.attention_decode, [q[:2], pages, table, lens, 0.125, memory], {}
         yield skinny_matmul.skinny_matmul, [x, matrix], {"gate": "silu"}
+        rows, last_ids = ints(device, [1, -1, 0]), ints(device, [7, 8, 9], torch.int64)
+        tables = ints(device, [[3, 0], [2, 0], [1, 0]])
+        filled = {
+            "token_ids": torch.zeros_like(last_ids),
+            "positions": torch.zeros_like(rows),
+            "slots": torch.zeros_like(last_ids),
+            "page_tables": torch.zeros_like(tables),
+        }
+        yield (
+            step.decode_inputs,
+            [rows, ints(device, [17, 0, 5]), ints(device, [5, -1, -1]), last_ids, tables],
+            filled,
+        )
+        yield step.keep_ids, [ints(device, [4, 5, 6], torch.int64), rows, last_ids], {}
+    yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
     settings = sampling.Settings.neutral(3, 8, 2, device)
@@ -70,8 +95,8 @@ def calls(device: str) -> Iterator[Call]:
 
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
-    "workspace", "green_tokens", "attention_decode_workspace", "is_skinny", "pack_linear",
-    "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
+    "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "is_skinny",
+    "pack_linear", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 
 
@@ -95,27 +120,24 @@ def flat(value: Any) -> list[Any]:
 def check_same_bits(call: Call, to_array: Callable[[Tensor], Any], kind: type) -> None:
     """The op on arrays gives what it gives on tensors, as arrays, and writes what it writes."""
     op, args, kwargs = call
-    mine = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    arrays = [to_array(arg.clone()) if isinstance(arg, Tensor) else arg for arg in args]
-    expected = flat(op(*mine, **kwargs))
-    got = flat(
-        on_arrays(op)(
-            *arrays,
-            **{
-                name: to_array(one.clone()) if isinstance(one, Tensor) else one
-                for name, one in kwargs.items()
-            },
-        )
-    )
+    mine = [_changed(arg, Tensor.clone) for arg in (*args, *kwargs.values())]
+    arrays = [_changed(arg, lambda tensor: to_array(tensor.clone())) for arg in (*args, *kwargs.values())]
+    positional, named = len(args), list(kwargs)
+    expected = flat(op(*mine[:positional], **dict(zip(named, mine[positional:], strict=True))))
+    got = flat(on_arrays(op)(*arrays[:positional], **dict(zip(named, arrays[positional:], strict=True))))
     assert all(isinstance(one, kind) for one in got)
-    written = [torch.from_dlpack(array) for array in arrays if isinstance(array, kind)]
+    written = [array for array in arrays if isinstance(array, kind)]
     for theirs, ours in zip(
-        [*(torch.from_dlpack(one) for one in got), *written],
-        [*expected, *(arg for arg in mine if isinstance(arg, Tensor))],
+        (torch.from_dlpack(array) for array in (*got, *written)),
+        (*expected, *(arg for arg in mine if isinstance(arg, Tensor))),
         strict=True,
     ):
         assert theirs.dtype == ours.dtype
         torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    return change(value) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.parametrize("call", list(calls("cpu")), ids=lambda call: call[0].__name__)
@@ -157,7 +179,7 @@ def test_no_public_op_is_left_out() -> None:
     assert tried == set(public_ops())
 
 
-ON_GPUS_ALONE = ("attention_prefill", "attention_decode", "skinny_matmul")
+ON_GPUS_ALONE = ("attention_prefill", "attention_decode", "skinny_matmul", "decode_inputs", "keep_ids")
 
 
 @pytest.mark.gpu

@@ -20,16 +20,20 @@ import torch
 
 from tgi_kernels import cpu
 from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.checkpoint.headers import stored_types, tensor_files
 from tgi_server.checkpoint.safetensors import Checkpoint
-from tgi_server.config import EngineConfig, ModelConfig
+from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
 from tgi_server.engine.failures import DeviceLost
 from tgi_server.engine.gpu_runner import GpuRunner
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
+from tgi_server.engine.startup import Startup
 from tgi_server.errors import StartupError
+from tgi_server.layers.weights import Source
 from tgi_server.logs import TOO_FEW_PROCESSES, logging_to_stderr
+from tgi_server.memory_plan import Asked, can_plan, plan_memory, table
 from tgi_server.models import load_model
 
 _PR_SET_PDEATHSIG = 1
@@ -56,6 +60,10 @@ def main() -> int:
         return 1
     except PeerGone:
         pass
+    except DeviceLost:
+        # The log is written by now. At once: what Python and torch would free on their way out can only fail, and
+        # may hang.
+        os._exit(1)
     return 0
 
 
@@ -65,11 +73,13 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
     try:
         if config.device == "cpu":
             config = set_up_cpu(config)
-        runner = _runner(config)
+        startup = Startup(channel.send)
+        runner = _runner(config, startup)
     except _NOT_OURS as error:
         log.exception("loading failed")
         hint = f": {TOO_FEW_PROCESSES}" if os.strerror(errno.EAGAIN) in str(error) else ""
         raise StartupError(f"the model cannot be loaded: {error}{hint}") from None
+    log.info("%s", startup.summary())
     # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
     gc.collect()
     gc.freeze()
@@ -79,8 +89,7 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
     except DeviceLost as error:
         log.critical("%s", error)
         channel.send(EngineStatus(phase="failed", detail=str(error)))
-        # At once: what Python and torch would free on their way out can only fail, and may hang.
-        os._exit(1)
+        raise
 
 
 def set_up_cpu(config: EngineConfig) -> EngineConfig:
@@ -101,9 +110,10 @@ def set_up_cpu(config: EngineConfig) -> EngineConfig:
     return replace(config, cpu_isa=cpu.isa())
 
 
-def _runner(config: EngineConfig) -> Runner:
+def _runner(config: EngineConfig, startup: Startup) -> Runner:
     if config.device == "cpu":
-        return CpuRunner(config)
+        with startup.phase("weights and cache"):
+            return CpuRunner(config, _source(config, startup))
     if not torch.cuda.is_available():
         raise StartupError(
             "CUDA finds no GPU it can use; CUDA_VISIBLE_DEVICES may name one that is not here, or the driver is too "
@@ -111,10 +121,40 @@ def _runner(config: EngineConfig) -> Runner:
         )
     device, dtype = torch.device(config.device), torch.bfloat16
     model_config = ModelConfig.from_folder(config.model)
-    weights = (
-        DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
+    with startup.phase("device"):
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    config = _planned(config, model_config, free_bytes)
+    with startup.phase("weights"):
+        model = load_model(_source(config, startup), model_config, device, dtype)
+        torch.cuda.synchronize(device)
+    with startup.phase("cache and graphs"):
+        return GpuRunner(config, model, dtype)
+
+
+def _source(config: EngineConfig, startup: Startup) -> Source:
+    """Where the weights come from, its progress watched."""
+    if config.dummy_weights:
+        return DummyCheckpoint(config.model, torch.device(config.device), torch.bfloat16)
+    size_bytes = sum(path.stat().st_size for path in tensor_files(config.model))
+    return startup.watched(Checkpoint(config.model), size_bytes)
+
+
+def _planned(config: EngineConfig, model: ModelConfig, free_bytes: int) -> EngineConfig:
+    """With as many pages as the plan for a GPU finds room for. Raises StartupError, before anything is loaded, if
+    that is too little; models whose weights the plan does not know are counted when they are there.
+    """
+    if not can_plan(model):
+        return config
+    asked = Asked(
+        config.max_total_tokens, config.max_sequences, config.max_batch_tokens, config.num_pages * PAGE_TOKENS
     )
-    return GpuRunner(config, load_model(weights, model_config, device, dtype), dtype)
+    plan = plan_memory(
+        model, {} if config.dummy_weights else stored_types(config.model), asked, free_bytes, on_gpu=True
+    )
+    plan.check()
+    for line in table([plan]).splitlines():
+        log.info("%s", line)
+    return replace(config, num_pages=plan.pages)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from tgi_server.config import EngineConfig
@@ -14,6 +15,8 @@ from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.request import (
+    STEP_BOUNDS_S,
+    STEP_SIZE_BOUNDS,
     Cancel,
     EngineStatus,
     FinishReason,
@@ -70,15 +73,22 @@ class StepCounts:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     stepped_sequences: int = 0
+    prefill_step_buckets: list[int] = field(default_factory=lambda: [0] * (len(STEP_BOUNDS_S) + 1))
+    decode_step_buckets: list[int] = field(default_factory=lambda: [0] * (len(STEP_BOUNDS_S) + 1))
+    step_size_buckets: list[int] = field(default_factory=lambda: [0] * (len(STEP_SIZE_BOUNDS) + 1))
 
     def done(self, plan: Plan, seconds: float) -> None:
         self.stepped_sequences += len(plan.work)
+        self.step_size_buckets[bisect_left(STEP_SIZE_BOUNDS, len(plan.work))] += 1
+        bucket = bisect_left(STEP_BOUNDS_S, seconds)
         if plan.has_prompts:
             self.prefill_steps += 1
             self.prefill_s += seconds
+            self.prefill_step_buckets[bucket] += 1
         else:
             self.decode_steps += 1
             self.decode_s += seconds
+            self.decode_step_buckets[bucket] += 1
 
     def failed(self, plan: Plan) -> None:
         if plan.has_prompts:

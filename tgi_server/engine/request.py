@@ -92,6 +92,10 @@ class StepEvents(msgspec.Struct, frozen=True, tag="events"):
     events: list[TokenEvent]
 
 
+STEP_BOUNDS_S: Final = tuple(0.00015 * 1.5**i for i in range(35))  # those of TGI's histograms of durations
+STEP_SIZE_BOUNDS: Final = tuple(1 << i for i in range(11))  # sequences
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     """Sent whenever the phase changes and at least every half second; its absence means a stuck loop."""
 
@@ -113,6 +117,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     prefill_s: float = 0.0
     decode_s: float = 0.0
     stepped_sequences: int = 0  # over all steps
+    # How many steps were at most as long, or as large, as each of the bounds below, and longer than the one before.
+    prefill_step_buckets: list[int] = []
+    decode_step_buckets: list[int] = []
+    step_size_buckets: list[int] = []
 
 
 ToEngine = GenerationRequest | Cancel

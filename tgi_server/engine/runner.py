@@ -14,6 +14,7 @@ from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.sampler import Sampler, results
 from tgi_server.engine.verify import folded, unrolled
 from tgi_server.layers.cache import pool_shape
+from tgi_server.layers.weights import Source
 from tgi_server.models import load_model
 
 
@@ -31,10 +32,15 @@ class Launched:
 class CpuRunner:
     """Computes in fp32; 16-bit weights stay 16-bit in memory and are widened in registers."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and reserve the cache. Raises StartupError for a checkpoint that cannot be used."""
+    def __init__(self, config: EngineConfig, source: Source | None = None) -> None:
+        """Load the model, from its folder unless a source is given, and reserve the cache.
+
+        Raises StartupError for a checkpoint that cannot be used.
+        """
         model_config = ModelConfig.from_folder(config.model)
-        self._model = load_model(Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32)
+        self._model = load_model(
+            source or Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32
+        )
         self.num_pages = config.num_pages
         self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))

@@ -7,16 +7,21 @@ from collections.abc import Iterable
 from itertools import chain
 
 from tgi_server.config import PAGE_TOKENS
-from tgi_server.engine.request import EngineStatus, GenerationRequest, TokenEvent
+from tgi_server.engine.request import (
+    STEP_BOUNDS_S,
+    STEP_SIZE_BOUNDS,
+    EngineStatus,
+    GenerationRequest,
+    TokenEvent,
+)
 from tgi_server.errors import ErrorKind
 from tgi_server.http.prometheus import (
     Counter,
     Histogram,
     counter,
     gauge,
-    geometric,
+    histogram,
     linear,
-    totals,
 )
 
 # The routes whose requests are counted.
@@ -27,7 +32,6 @@ GENERATING = frozenset(
     )
 )  # fmt: skip
 
-_DURATIONS_S = geometric(0.00015, 1.5, 35)  # TGI's
 _FAILURES = {
     ErrorKind.OVERLOADED: "overloaded",
     ErrorKind.WAITED: "timeout",
@@ -47,7 +51,7 @@ class Metrics:
 
     def __init__(self, max_total_tokens: int) -> None:
         def seconds(name: str, help: str) -> Histogram:
-            return Histogram(name, f"{help}, in seconds.", _DURATIONS_S)
+            return Histogram(name, f"{help}, in seconds.", STEP_BOUNDS_S)
 
         def tokens(name: str, help: str, last: int) -> Histogram:
             return Histogram(name, help, linear(last, 100))
@@ -203,8 +207,8 @@ def _of_engine(status: EngineStatus, *, alive: bool) -> Iterable[str]:
     steps = {"prefill": status.prefill_steps, "decode": status.decode_steps}
     failed = {"prefill": status.failed_prefill_steps, "decode": status.failed_decode_steps}
     seconds = {
-        "prefill": (status.prefill_s, status.prefill_steps),
-        "decode": (status.decode_s, status.decode_steps),
+        "prefill": (status.prefill_s, status.prefill_step_buckets),
+        "decode": (status.decode_s, status.decode_step_buckets),
     }
     yield from gauge("tgi_engine_up", "Whether the engine serves.", int(alive and status.phase == "ready"))
     yield from gauge("tgi_queue_size", "Requests waiting in the engine.", status.waiting)
@@ -229,10 +233,10 @@ def _of_engine(status: EngineStatus, *, alive: bool) -> Iterable[str]:
     yield from counter("tgi_batch_inference_count", "Steps computed or failed.", begun, "method")
     yield from counter("tgi_batch_inference_success", "Steps computed without failure.", steps, "method")
     yield from counter("tgi_batch_inference_failure", "Steps that failed.", failed, "method")
-    yield from totals("tgi_batch_inference_duration", "A step, in seconds.", seconds, "method")
-    yield from totals("tgi_batch_forward_duration", "A step's forward pass, in seconds.", seconds, "method")
-    yield from totals(
-        "tgi_batch_next_size",
-        "Sequences of a step.",
-        {"": (status.stepped_sequences, status.prefill_steps + status.decode_steps)},
-    )
+    # Forward pass and sampling are queued as one: TGI's two histograms of them are the same here.
+    for name in ("inference", "forward"):
+        yield from histogram(
+            f"tgi_batch_{name}_duration", "A step, in seconds.", STEP_BOUNDS_S, seconds, "method"
+        )
+    sizes = {"": (status.stepped_sequences, status.step_size_buckets)}
+    yield from histogram("tgi_batch_next_size", "Sequences of a step.", STEP_SIZE_BOUNDS, sizes)

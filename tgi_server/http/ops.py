@@ -45,6 +45,7 @@ async def get_live(request: web.Request) -> web.Response:
 
 async def get_info(request: web.Request) -> web.Response:
     config = request.app[CONFIG]
+    status = msgspec.structs.asdict(request.app[ENGINE].status)
     return json_response(
         {
             "model_id": config.model_id,
@@ -61,7 +62,8 @@ async def get_info(request: web.Request) -> web.Response:
             "version": request.app[VERSION],
             "sha": None,
             "docker_label": None,
-            "engine": msgspec.structs.asdict(request.app[ENGINE].status),
+            # Histograms are for `/metrics`.
+            "engine": {name: value for name, value in status.items() if not isinstance(value, list)},
         }
     )
 

@@ -66,19 +66,28 @@ def counter(name: str, help: str, value: float | Mapping[str, float], label: str
         yield f'{name}{{{label}="{which}"}} {_number(count)}'
 
 
-def totals(name: str, help: str, of: Mapping[str, tuple[float, int]], label: str = "") -> Iterable[str]:
-    """A histogram of which only (sum, count) is known, for each value of a label; "" is no label."""
+def histogram(
+    name: str,
+    help: str,
+    bounds: Sequence[float],
+    of: Mapping[str, tuple[float, Sequence[int]]],
+    label: str = "",
+) -> Iterable[str]:
+    """A histogram somebody else keeps: (sum, how many fell into each bucket) for each value of a label; "" is none.
+
+    There is a bucket for each bound and one above them; none at all if nothing has been counted yet.
+    """
     yield _head(name, help, "histogram")
-    for value, (total, count) in of.items():
+    for value, (total, counts) in of.items():
         pair = f'{label}="{value}"' if value else ""
         labels = f"{{{pair}}}" if pair else ""
-        yield f'{name}_bucket{{{pair}{"," if pair else ""}le="+Inf"}} {count}'
+        below = 0
+        shown = zip([*map(_number, bounds), "+Inf"], counts or [0] * (len(bounds) + 1), strict=True)
+        for bound, count in shown:
+            below += count
+            yield f'{name}_bucket{{{pair}{"," if pair else ""}le="{bound}"}} {below}'
         yield f"{name}_sum{labels} {_number(total)}"
-        yield f"{name}_count{labels} {count}"
-
-
-def geometric(first: float, ratio: float, count: int) -> list[float]:
-    return [first * ratio**i for i in range(count)]
+        yield f"{name}_count{labels} {below}"
 
 
 def linear(last: float, count: int) -> list[float]:
