@@ -106,8 +106,9 @@ class _Answers:
 def _frames() -> Iterator[list[bytes]]:
     """Frames as they come, those of one read together; ends when the front end has hung up."""
     waiting = bytearray()
-    while data := os.read(_STDIN, _READ_BYTES):
-        waiting += data
+    buffer = bytearray(_READ_BYTES)  # one for good: new ones tear the heap, which then grows with every job
+    while count := os.readv(_STDIN, [buffer]):
+        waiting += memoryview(buffer)[:count]
         frames = []
         at = 0
         while len(waiting) - at >= HEADER.size:
