@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run_all
+from benchmarks import run_all, targets
 from benchmarks.harness import Report
 from benchmarks.serving import Trace
 from benchmarks.serving_gpu import figures
@@ -83,3 +83,24 @@ def test_results_that_are_kept_are_whole() -> None:
             assert (
                 record["bench"] and record["case"] and record["date"] and len(record["csrc_sha256"]) == 64
             ), file
+
+
+def test_targets_name_cases_that_benchmarks_write_and_know_which_way_is_better() -> None:
+    target = targets.Target("b", "c", "m", 10, 8)
+    assert [targets.verdict(target, value, "lower") for value in (7, 8, 9, 10, 11)] == [
+        "goal", "goal", "pass", "pass", "MISSED",
+    ]  # fmt: skip
+    rate = targets.Target("b", "c", "m", 500, 600)
+    assert [targets.verdict(rate, value, "higher") for value in (700, 550, 400)] == ["goal", "pass", "MISSED"]
+    record = {
+        "bench": "sampling",
+        "case": "greedy B=1",
+        "metric": "time",
+        "value": 4.5,
+        "unit": "us",
+        "better": "lower",
+    }
+    found = {row[:3]: row[3:] for row in targets.rows([record])}
+    assert len(found) == len(targets.TARGETS), "no case twice"
+    assert found["sampling", "greedy B=1", "time"] == ("4.5 us", "15", "8", "goal")
+    assert found["sampling", "greedy B=64", "time"][-1] == "not measured"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from tgi_server.bench.options import NAMES as OF_BENCH
 from tgi_server.flags import FLAGS, Effect, Flag
 
 COMMANDS: Final[Mapping[str, str]] = {
@@ -15,6 +16,10 @@ COMMANDS: Final[Mapping[str, str]] = {
     "completion": "print a script that completes commands and options",
 }
 _OPTIONS: Final = tuple(flag for flag in FLAGS if flag.effect is Effect.WORKS)
+OWN: Final[Mapping[str, tuple[str, ...]]] = {
+    "plan": ("device-memory",),
+    "bench": OF_BENCH,
+}  # of one command alone
 
 
 def _plain(flag: Flag) -> str:
@@ -24,10 +29,13 @@ def _plain(flag: Flag) -> str:
 
 def _bash() -> str:
     options = " ".join(f"--{flag.name}" for flag in _OPTIONS)
+    own = {name: " ".join(f"--{one}" for one in names) for name, names in OWN.items()}
+    cases = " ".join(f"{name}) own='{options}';;" for name, options in own.items())
     return f"""_tgi_server() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}"
+    local word="${{COMP_WORDS[COMP_CWORD]}}" own=
+    case "${{COMP_WORDS[1]}}" in {cases} esac
     if [[ $word == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "{options} --help --version" -- "$word")
+        mapfile -t COMPREPLY < <(compgen -W "{options} --help --version $own" -- "$word")
     elif [[ $COMP_CWORD == 1 && $1 == *tgi-server ]]; then
         mapfile -t COMPREPLY < <(compgen -W "{" ".join(COMMANDS)}" -- "$word")
     else
@@ -41,12 +49,18 @@ complete -o filenames -F _tgi_server tgi-server text-generation-launcher
 def _zsh() -> str:
     ends = ("]:value:_files'", "]'")
     options = " ".join(f"'--{flag.name}[{_plain(flag)}{ends[flag.is_switch]}" for flag in _OPTIONS)
+    own = {
+        name: " ".join(f"'--{one}[of {name}]:value:_files'" for one in names) for name, names in OWN.items()
+    }
+    cases = " ".join(f"{name}) own=({options});;" for name, options in own.items())
     return f"""#compdef tgi-server text-generation-launcher
 _tgi_server() {{
+    local -a own
+    case $words[2] in {cases} esac
     if [[ $service == tgi-server && $CURRENT == 2 ]]; then
         compadd {" ".join(COMMANDS)}
     else
-        _arguments {options} '*:model:_files'
+        _arguments $own {options} '*:model:_files'
     fi
 }}
 compdef _tgi_server tgi-server text-generation-launcher
@@ -61,7 +75,12 @@ def _fish() -> str:
         for command in ("tgi-server", "text-generation-launcher")
         for flag in _OPTIONS
     ]
-    return "\n".join([*commands, *options, ""])
+    own = [
+        f"complete -c tgi-server -n '__fish_seen_subcommand_from {name}' -l {one} -r"
+        for name, names in OWN.items()
+        for one in names
+    ]
+    return "\n".join([*commands, *options, *own, ""])
 
 
 SCRIPTS: Final[Mapping[str, Callable[[], str]]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.text.tiny import write_tiny_folder
 from tgi_server import cli
-from tgi_server.completion import COMMANDS, SCRIPTS
+from tgi_server.completion import COMMANDS, OWN, SCRIPTS
 from tgi_server.flags import FLAGS, Effect
 from tgi_server.options import default_of
 
@@ -62,6 +62,18 @@ def test_help_of_the_port_reads_like_this(
         "--port, -p VALUE",
         "--port VALUE, -p VALUE",  # Python 3.13 says it shorter
     )
+
+
+def test_shells_are_told_of_every_option_that_is_of_one_command_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    for command in ("plan", "bench", "serve"):
+        named = set(re.findall(r"--([a-z][a-z-]+)", printed(capsys, command, "--help").split("options:")[1]))
+        of_all = {name for flag in FLAGS for name in (flag.name, *flag.others)} | {"help"}
+        mentioned = {name for name in named if name not in of_all}
+        assert set(OWN.get(command, ())) <= mentioned
+        assert mentioned <= set(OWN.get(command, ())) | {"config"}
 
 
 def test_the_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +134,10 @@ def test_completion_offers_commands_and_options_that_work(
     [
         (["tgi-server", "pl"], "plan"),
         (["tgi-server", "serve", "--max-que"], "--max-queue"),
+        (["tgi-server", "bench", "--batch-s"], "--batch-size"),
+        (["tgi-server", "bench", "--max-que"], "--max-queue"),
+        (["tgi-server", "serve", "--batch-s"], ""),
+        (["tgi-server", "plan", "--device-m"], "--device-memory"),
         (["text-generation-launcher", "--json"], "--json-output"),
     ],
 )

@@ -16,6 +16,11 @@ SAMPLING: Final[Mapping[str, float | None]] = {
     "top_k": None,
     "repetition_penalty": None,
 }
+# All of the command's own, for shells to complete.
+NAMES: Final = (
+    "url", "batch-size", "sequence-length", "decode-length", "runs", "warmups", "json",
+    *(name.replace("_", "-") for name in SAMPLING),
+)  # fmt: skip
 BATCHES: Final = (1, 2, 4, 8, 16, 32)  # as TGI's benchmark
 
 
