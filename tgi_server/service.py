@@ -7,10 +7,8 @@ import logging
 import resource
 import signal
 import ssl
-import time
 from collections.abc import Callable, Mapping, Sequence
 
-import psutil
 import uvloop
 from aiohttp import web
 
@@ -25,6 +23,7 @@ from tgi_server.http.state import LIFE, METRICS, RENDERER
 from tgi_server.http.transport import make_runner
 from tgi_server.listening import Addresses, why_not
 from tgi_server.logs import announce, logging_to_stderr
+from tgi_server.process import age_s
 from tgi_server.text.text import Text, doubts
 
 _LAST_WORDS_S = 1.0  # how long clients get to read why their answers broke off
@@ -135,7 +134,7 @@ class _Service:
             await app[RENDERER].start()
         if not await engine.client.wait_ready():
             return
-        log.info("ready %.1f s after the start", time.time() - psutil.Process().create_time())
+        log.info("ready %.1f s after the start", age_s())
         address = runner.addresses[0]
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'https' if self._tls else 'http'}://{host}:{address[1]}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.server import DEMO, running_server
+from tests.server import DEMO, ROOT, running_server
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.__main__ import _planned
 from tgi_server.engine.request import EngineStatus
@@ -22,6 +24,14 @@ from tgi_server.engine.startup import Startup
 from tgi_server.errors import StartupError
 
 GB = 10**9
+
+
+def test_the_age_of_a_process_is_counted_from_its_start() -> None:
+    code = "import time\nfrom tgi_server.process import age_s\nfirst = age_s()\ntime.sleep(0.3)\nprint(first, age_s())"
+    began = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, second = map(float, said.stdout.split())
+    assert first > 0 and second - first >= 0.3 and second <= time.monotonic() - began + 0.05
 
 
 class Clock:

@@ -218,8 +218,8 @@ def test_row_97_an_index_that_is_not_there_is_said_by_the_engine(model: Path, vi
     config = EngineConfig(model, 64, 64, 1, 4, 4, 1, device="cuda")
     code = (
         "import sys\nfrom pathlib import Path\nfrom tgi_server.config import EngineConfig\n"
-        "from tgi_server.engine.__main__ import _runner\n"
-        f"_runner(EngineConfig(Path({str(config.model)!r}), 64, 64, 1, 4, 4, 1, device='cuda'))"
+        "from tgi_server.engine.__main__ import _runner\nfrom tgi_server.engine.startup import Startup\n"
+        f"_runner(EngineConfig(Path({str(config.model)!r}), 64, 64, 1, 4, 4, 1, device='cuda'), Startup(print))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

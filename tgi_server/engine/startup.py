@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from torch import Tensor
 
 from tgi_server.engine.request import EngineStatus
 from tgi_server.layers.weights import Source
+from tgi_server.process import age_s
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Startup:
     ) -> None:
         self._tell = tell
         self._clock = clock
-        self._done = {"libraries": max(0.0, time.time() - psutil.Process().create_time())}
+        self._done = {"libraries": age_s()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
