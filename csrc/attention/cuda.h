@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "attention/tree.h"
+
 namespace tgi {
 
 enum class CacheType : int { bf16, f16, e4m3 };
@@ -41,7 +43,8 @@ struct DecodeParams : PagedAttention {
 
 struct PrefillParams : PagedAttention {
   const int* query_starts;  // [seqs + 1]
-  int* counters;            // [2], zero before and after, or nullptr
+  int* counters;            // [2], zero before and after
+  float* totals;            // prefill_total_floats an SM; for sequences of more keys than a chunk
   int64_t tokens;
 };
 
@@ -54,11 +57,16 @@ cudaError_t attention_prefill_sm90(const PrefillParams& params, CacheType type, 
 
 // Rows (queries × heads of a group) that one work item of decode takes.
 int decode_rows(int rows, int head_dim);
-// Keys of the longest node that is stored, and the nodes there is room for even where that would make fewer.
-constexpr int decode_longest_node(int rows) { return rows > 16 ? 1024 : 4096; }
-constexpr int decode_short_nodes(int rows) { return 65536 / rows; }
-// Merges take 64 parts of a sequence at a time.
-constexpr int kDecodeMergeLevels = 3;
-constexpr int decode_padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+// Parts (tiles, nodes, chunks) there is room for, even where chunks alone would be fewer.
+constexpr int decode_short_parts(int rows) { return 65536 / rows; }
+// Parts of a chunk are merged to chunks, and these to results.
+constexpr int kDecodeMergeLevels = 2;
+// Rows that the CTAs of an SM have at once in prefill. Of each, its sums and its maximum and sum of weights are
+// what it keeps of chunks.
+constexpr int kPrefillRows = 128;
+constexpr int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+constexpr int prefill_total_floats(int head_dim) {
+  return kPrefillRows * (padded_dim(head_dim) + 2);
+}
 
 }  // namespace tgi
