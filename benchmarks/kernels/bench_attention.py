@@ -24,7 +24,12 @@ from benchmarks.harness import (
     time_isolated,
     time_sustained,
 )
-from tgi_kernels.attention_cuda import attention_decode, attention_decode_workspace, attention_prefill
+from tgi_kernels.attention_cuda import (
+    attention_decode,
+    attention_decode_workspace,
+    attention_prefill,
+    attention_prefill_workspace,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 16
 SCALE = HEAD_DIM**-0.5
@@ -112,7 +117,7 @@ def prefill(
     lens = torch.full((seqs,), keys, dtype=torch.int32, device="cuda")
     starts = torch.arange(seqs + 1, dtype=torch.int32, device="cuda") * queries
     table = pool.tables([keys] * seqs)[0]
-    out, workspace = torch.empty_like(q), torch.zeros(2, dtype=torch.int32, device="cuda")
+    out, workspace = torch.empty_like(q), attention_prefill_workspace(pool.kv, table.shape[1])
 
     def ours() -> object:
         return attention_prefill(q, pool.kv, table, starts, lens, SCALE, workspace=workspace, out=out)
@@ -168,6 +173,7 @@ def bench(report: Report, roofs: Roofs) -> None:
     pool = Pool(torch.float8_e4m3fn)
     for seqs, keys in ((1, 1024), (64, 4096)):
         decode(report, roofs, pool, f"fp8 {SHAPE} {seqs}x{keys}", [keys] * seqs)
+    prefill(report, roofs, pool, f"fp8 {SHAPE} causal 1x8192", 8192, 8192)
 
 
 if __name__ == "__main__":

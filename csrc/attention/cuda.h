@@ -29,7 +29,6 @@ struct PagedAttention {
   float gain;            // of products, see score_of
   float cap;             // softcap·log2(e), or 0
   float v_scale;         // of cached values
-  bool wide_page_table;  // its rows may be read 16 bytes at a time
   bool q_is_bf16;        // type of q and out
 };
 
@@ -57,7 +56,11 @@ cudaError_t attention_prefill_sm90(const PrefillParams& params, CacheType type, 
 
 // Rows (queries × heads of a group) that one work item of decode takes.
 int decode_rows(int rows, int head_dim);
-// Parts (tiles, nodes, chunks) there is room for, even where chunks alone would be fewer.
+// Keys of the longest part that is stored: a chunk or, with 32 rows, a node.
+constexpr int decode_longest_part(int rows, int head_dim) {
+  return rows > 16 ? Tree<128>::kTile * Tree<128>::kNodeTiles : chunk_keys(head_dim);
+}
+// Parts there is room for, even where the longest alone would be fewer.
 constexpr int decode_short_parts(int rows) { return 65536 / rows; }
 // Parts of a chunk are merged to chunks, and these to results.
 constexpr int kDecodeMergeLevels = 2;

@@ -38,7 +38,7 @@ struct Loader {
   int slot, stop;  // where the item after it begins, and where this CTA's parts end
   bool fresh, values;
   int query_slot, item_slot;
-  int pages[S::kTilePages];
+  int page;  // each lane has the number of one of the tile's
 
   __device__ __forceinline__ void start(const DecodeParams& p, const Plan& plan) {
     const int share = (plan.total + gridDim.x - 1) / gridDim.x;
@@ -52,26 +52,15 @@ struct Loader {
 
   __device__ __forceinline__ void find_item(const DecodeParams& p, const Plan& plan) {
     fresh = true;
-    next = item_at<kDim>(p, plan, slot, stop);
+    next = item_at<S>(p, plan, slot, stop);
     slot = min(stop, next.head_slot + parts_of<kTile>(next.first, next.len, plan.shift));
   }
 
-  // Numbers of pages beyond the last key, or before the first, are read but not used.
+  // Numbers of pages before the first key are read but not used.
   __device__ __forceinline__ void find_pages(const DecodeParams& p) {
     if (next.slot < 0) return;
-    const int* row = p.page_table + static_cast<int64_t>(next.seq) * p.max_pages;
-    const int first = next.tile * S::kTilePages;
-    if (p.wide_page_table && first + S::kTilePages <= p.max_pages) {
-#pragma unroll
-      for (int i = 0; i < S::kTilePages; i += 4) {
-        const int4 four = *reinterpret_cast<const int4*>(row + first + i);
-        pages[i] = four.x, pages[i + 1] = four.y, pages[i + 2] = four.z, pages[i + 3] = four.w;
-      }
-      return;
-    }
-    const int last = (next.len - 1) / kPageRows;
-#pragma unroll
-    for (int i = 0; i < S::kTilePages; ++i) pages[i] = row[min(first + i, last)];
+    const int mine = next.tile * S::kTilePages + threadIdx.x % S::kTilePages;
+    page = p.page_table[static_cast<int64_t>(next.seq) * p.max_pages + min(mine, (next.len - 1) / kPageRows)];
   }
 
   // The next half to its place in the ring.
@@ -107,9 +96,8 @@ struct Loader {
     const char* base = static_cast<const char*>(p.kv_pages) + (values ? half_page : 0) +
                        (next.kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
     const auto row_at = [&](int i) {
-      int page = pages[i * kStepRows / kPageRows];
-      if constexpr (kStepRows > kPageRows) page = row < kPageRows ? pages[2 * i] : pages[2 * i + 1];
-      return base + static_cast<uint64_t>(static_cast<uint32_t>(page)) * (2 * half_page) +
+      const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
+      return base + static_cast<uint64_t>(number) * (2 * half_page) +
              i * kStepRows % kPageRows * row_bytes;
     };
     if (kDim == p.head_dim && next.tile * kTile >= next.first && (next.tile + 1) * kTile <= next.len) {
@@ -122,7 +110,8 @@ struct Loader {
     for (int i = 0; i < kTile / kStepRows; ++i) {
       const int key = next.tile * kTile + row + i * kStepRows;
       const bool valid = chunk * 16 < row_bytes && key >= next.first && key < next.len;
-      copy_async(to(i), valid ? row_at(i) : static_cast<const char*>(p.kv_pages), valid);
+      const char* from = row_at(i);
+      copy_async(to(i), valid ? from : static_cast<const char*>(p.kv_pages), valid);
     }
   }
 
@@ -314,13 +303,17 @@ __device__ __forceinline__ void score_tile(
         for (int h = 0; h < 2; ++h) {
           const int distance = key + 16 * m + 8 * h - position;
           float& score = scores[m][n][2 * h + i];
-          if (scored) score = score_of(score, gain, p.cap, slope, distance);
+          if (scored) score = with_bias(score_of(score, gain, p.cap), slope, distance);
           if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
         }
       }
     }
   }
 }
+
+// By what the keys of a row of scores are exchanged: four neighbouring rows, and every other row of eight, lie
+// in different banks.
+__device__ __forceinline__ int score_swap(int row) { return ((row & 3) ^ (row >> 2 & 1)) * 8; }
 
 // Adds a tile to a node: its scores, [query, key], which are products where there is a gain, and its values.
 // Every warp takes all of the tile's softmax, and its own dims. Columns go by twos: registers are short.
@@ -331,20 +324,20 @@ __device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const 
   using T = Operand<KV>;
   constexpr int kAtOnce = kColumns == 2 ? 2 : 1;
   const int lane = threadIdx.x % 32;
-  const float* mine = scores + lane / 4 * S::kScorePitch + lane % 4 * 2;
-  const int moved = lane / 16 * 8;  // see kScorePitch
+  const float* mine = scores + lane / 4 * S::kTile + lane % 4 * 2;
+  const int swap = score_swap(lane / 4);
 #pragma unroll
   for (int first = 0; first < kColumns; first += kAtOnce) {
     uint32_t weights[kAtOnce][S::kTile / 16][2];
     typename Node<kDim / 64, kColumns>::Factors by[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const float* of_row = mine + (first + n) * 8 * S::kScorePitch;
+      const float* of_row = mine + (first + n) * 8 * S::kTile;
       float2 score[S::kTile / 8];
       float top = negative_infinity();
 #pragma unroll
       for (int i = 0; i < S::kTile / 8; ++i) {
-        score[i] = *reinterpret_cast<const float2*>(of_row + i * 8 + (i % 2 ? -moved : moved));
+        score[i] = *reinterpret_cast<const float2*>(of_row + (i * 8 ^ swap));
         top = fmaxf(top, fmaxf(score[i].x, score[i].y));
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
@@ -385,7 +378,7 @@ __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& pl
   const int row = p.heads * p.head_dim;
 #pragma unroll 1
   for (int seq = blockIdx.x; seq < p.seqs; seq += gridDim.x) {
-    if (plan.lens[seq] > 0) continue;
+    if (len_of(p, seq) > 0) continue;
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.queries * row; i += kThreads) {
       const int64_t token = static_cast<int64_t>(seq) * p.queries + i / row;
@@ -398,7 +391,7 @@ __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& pl
 // the half before may be filled anew. Between the two the scores are made, which the second barrier shares.
 template <typename KV, int kDim, int kColumns>
 __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident)
-    kernel(const __grid_constant__ DecodeParams p, int halves) {
+    kernel(const __grid_constant__ DecodeParams p, int halves, int sms) {
   using S = Shape<KV, kDim, kColumns>;
   constexpr int kTile = S::kTile;
   extern __shared__ __align__(128) char shared[];
@@ -407,11 +400,10 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   Plan plan;
   plan.header = reinterpret_cast<int*>(shared + S::plan_at(halves));
   plan.starts = plan.header + 4;
-  plan.lens = plan.starts + p.seqs + 1;
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
 
   wait_for_previous();
-  make_plan<kDim>(plan, p);
+  make_plan<S>(plan, p, sms);
   zero_empty(p, plan);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -419,6 +411,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   Loader<KV, kDim, kColumns> loader;
   loader.start(p, plan);
   Queries<KV, kDim, kColumns> queries;
+  constexpr bool kHasChunk = S::kLargestShift > S::kNodeShift;
   Node<kDim / 64, kColumns> node, chunk;          // under way
   bool chunk_used = false;
   int previous = -1, query_slot = -1, begin = 0;  // of items
@@ -464,15 +457,16 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
       const bool all_seen =
           base + kTile <= item.len - p.queries + 1 && (p.window <= 0 || base >= item.len - p.window);
       if (!all_seen || scored) score_tile<KV, kDim, kColumns>(products, queries, p, item, scored);
-      float* mine = scores + lane % 4 * 2 * S::kScorePitch + warp * (16 * S::kKeyTiles) + lane / 4;
-      const int moved = lane % 4 / 2 * 8;  // see kScorePitch
+      float* mine = scores + lane % 4 * 2 * kTile + lane / 4;
+      const int first = warp * (16 * S::kKeyTiles);
+      const int swap[2] = {score_swap(lane % 4 * 2), score_swap(lane % 4 * 2 + 1)};
 #pragma unroll
       for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            mine[(n * 8 + i % 2) * S::kScorePitch + m * 16 + (i / 2 ? 8 - moved : moved)] = products[m][n][i];
+            mine[(n * 8 + i % 2) * kTile + (first + m * 16 + i / 2 * 8 ^ swap[i % 2])] = products[m][n][i];
         }
       }
       continue;
@@ -487,7 +481,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
     const int done = item.tile + 1;
     const bool last = done == item.end, stored = last || (done & ((1 << item.shift) - 1)) == 0;
     if (!stored && done % S::kNodeTiles != 0) continue;
-    if (chunk_used) node.follow(chunk);
+    if (kHasChunk && chunk_used) node.follow(chunk);
     chunk_used = !stored;
     if (stored) {
       const int first = (item.first / kTile) >> item.shift;
@@ -530,7 +524,7 @@ cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
   const int64_t most = p.seqs * p.kv_heads * row_blocks * tiles;
   const int64_t grid = most < sms * resident ? most : sms * resident;
   return launch(kernel<KV, kDim, kColumns>, dim3(static_cast<unsigned>(grid > 0 ? grid : 1)), kThreads,
-                shared, stream, p, halves);
+                shared, stream, p, halves, sms);
 }
 
 template <typename KV>

@@ -32,27 +32,25 @@ struct Shape : Tree<kDim> {
   static constexpr int kQueryBytes = kRows * kDim * 2;
   // Halves in the ring, and CTAs of an SM: all in all 100 KB or more under way, and warps to hide a tile's
   // latency.
-  static constexpr int kHalves = kHalfBytes <= 16384 || kDim == 256 ? 4 : 3;
+  static constexpr int kHalves = kHalfBytes <= 16384 || kDim == 256 ? 4 : kColumns < 4 ? 3 : 2;
   static constexpr int kResident = kHalfBytes <= 16384 && kColumns == 1 && kDim < 256 ? 3
                                    : kHalves * kHalfBytes <= 98304                    ? 2
                                                                                       : 1;
   static constexpr int kKeyTiles = kTile / kWarps / 16;  // of a warp, of 16 keys
   static constexpr int kDimTiles = kDim / kWarps / 16;   // of a warp, of 16 head dims
+  // The largest part of a CTA: with 32 rows registers have no room for the sums of a chunk.
+  static constexpr int kLargestShift = kColumns < 4 ? Tree<kDim>::kChunkShift : Tree<kDim>::kNodeShift;
   static constexpr bool kReloadQueries = kDim * kColumns >= 256;  // no room in registers from tile to tile
   static constexpr int kMergeLoads = kColumns > 1    ? 4
                                      : kResident > 2 ? 8
                                                      : 16;  // under way, as registers allow
-  // In floats. Pairs of keys of four neighbouring queries lie in different banks; and as queries 4 to 7 of
-  // eight have their keys' eights swapped two by two, so do eight keys of every other query.
-  static constexpr int kScorePitch = kTile + 8;
-
   static constexpr int kQuerySlots = (kHalves + 1) / 2;  // items under way: each may be of one tile
   static constexpr int kItems = kHalves / 2 + 2;
   static constexpr int kScoreAt = kQuerySlots * kQueryBytes;  // behind the queries
-  static constexpr int kItemAt = kScoreAt + kRows * kScorePitch * 4;
+  static constexpr int kItemAt = kScoreAt + kRows * kTile * 4;
   static constexpr int kRingAt = kItemAt + (kItems * static_cast<int>(sizeof(Item)) + 127) / 128 * 128;
   static constexpr int plan_at(int halves) { return kRingAt + halves * kHalfBytes; }
-  static constexpr int shared_bytes(int halves, int seqs) { return plan_at(halves) + 16 + 4 * (2 * seqs + 1); }
+  static constexpr int shared_bytes(int halves, int seqs) { return plan_at(halves) + 16 + 4 * (seqs + 1); }
 };
 
 // ---- plan ----
@@ -61,10 +59,13 @@ struct Shape : Tree<kDim> {
 struct Plan {
   int* header;  // shift, total
   int* starts;  // [seqs + 1]: parts before a sequence
-  int* lens;    // [seqs]
   int shift, total;
   int row_blocks;
 };
+
+__device__ __forceinline__ int len_of(const DecodeParams& p, int seq) {
+  return min(max(p.kv_lens[seq], 0), p.max_pages * kPageRows);
+}
 
 __device__ __forceinline__ int first_key(const DecodeParams& p, int len) {
   return p.window > 0 ? max(0, len - p.queries - p.window + 1) : 0;
@@ -78,47 +79,44 @@ __device__ __forceinline__ int parts_of(int first, int len, int shift) {
 
 // What may leave a CTA: tiles, nodes or chunks.
 constexpr int kLevels = 3;
-template <int kDim>
+template <typename S>
 constexpr int shift_of(int level) {
-  return level == 0 ? 0 : level == 1 ? Tree<kDim>::kNodeShift : Tree<kDim>::kChunkShift;
+  return level == 0 ? 0 : level == 1 ? S::kNodeShift : S::kLargestShift;
 }
 
-// One warp chooses the level with the shortest estimated time, in tiles: the largest share, the writing of
-// parts, and the merge's start and its reads of the longest sequence's parts.
-template <int kDim>
-__device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p) {
-  constexpr int kTile = Tree<kDim>::kTile;
+// One warp chooses the level with the shortest estimated time, in tiles of a processor: the largest share, the
+// writing of parts, and the merge's start and its reads of the longest sequence's parts.
+template <typename S>
+__device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p, int sms) {
+  constexpr int kTile = S::kTile;
   const int lane = threadIdx.x, copies = p.kv_heads * plan.row_blocks;
   if (threadIdx.x < 32) {
     int parts[kLevels] = {};
     int longest = 0;
 #pragma unroll 1
     for (int seq = lane; seq < p.seqs; seq += 32) {
-      const int len = min(max(p.kv_lens[seq], 0), p.max_pages * kPageRows);
-      const int first = first_key(p, len);
-      plan.lens[seq] = len;
+      const int len = len_of(p, seq), first = first_key(p, len);
       longest = max(longest, (len - first / kTile * kTile + kTile - 1) / kTile);
 #pragma unroll
       for (int level = 0; level < kLevels; ++level)
-        parts[level] += parts_of<kTile>(first, len, shift_of<kDim>(level));
+        parts[level] += parts_of<kTile>(first, len, shift_of<S>(level));
     }
     longest = __reduce_max_sync(~0u, longest);
     float best = 3e38f;
-    int shift = shift_of<kDim>(kLevels - 1);
+    int shift = shift_of<S>(kLevels - 1);
 #pragma unroll
     for (int level = 0; level < kLevels; ++level) {
       const int total = __reduce_add_sync(~0u, parts[level]) * copies;
-      const int tiles = min(1 << shift_of<kDim>(level), longest);
-      const float share = ceilf(__fdividef(total, gridDim.x)) * tiles;
+      const int tiles = min(1 << shift_of<S>(level), longest);
+      const float share = ceilf(__fdividef(total, sms)) * tiles;
       const int most = (longest + tiles - 1) / tiles;
-      const float cost =
-          share * (1.f + 0.0625f / tiles) + (most > 1 ? 0.75f + min(most, 128) * 0.03125f : 0.f);
-      if (total <= p.slots && cost < best) best = cost, shift = shift_of<kDim>(level);
+      const float cost = share * (1.f + 0.0625f / tiles) + (most > 1 ? 0.75f + min(most, 128) * 0.08f : 0.f);
+      if (total <= p.slots && cost < best) best = cost, shift = shift_of<S>(level);
     }
     int before = 0;
 #pragma unroll 1
     for (int base = 0; base < p.seqs; base += 32) {
-      const int seq = base + lane, len = seq < p.seqs ? plan.lens[seq] : 0;
+      const int seq = base + lane, len = seq < p.seqs ? len_of(p, seq) : 0;
       const int mine = parts_of<kTile>(first_key(p, len), len, shift) * copies;
       int upto = mine;
 #pragma unroll
@@ -136,9 +134,9 @@ __device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p) {
 }
 
 // The item that begins at a part, and ends with its sequence, KV head and block or before part `stop`.
-template <int kDim>
+template <typename S>
 __device__ __forceinline__ Item item_at(const DecodeParams& p, const Plan& plan, int slot, int stop) {
-  constexpr int kTile = Tree<kDim>::kTile;
+  constexpr int kTile = S::kTile;
   Item item{};
   item.slot = slot < stop ? slot : -1;
   if (slot >= stop) return item;
@@ -149,7 +147,7 @@ __device__ __forceinline__ Item item_at(const DecodeParams& p, const Plan& plan,
     (plan.starts[middle] <= slot ? low : high) = middle;
   }
   item.seq = low;
-  item.len = plan.lens[low];
+  item.len = len_of(p, low);
   item.first = first_key(p, item.len);
   const int parts = parts_of<kTile>(item.first, item.len, plan.shift), before = slot - plan.starts[low];
   const int copy = before / parts, part = before - copy * parts;
@@ -161,7 +159,7 @@ __device__ __forceinline__ Item item_at(const DecodeParams& p, const Plan& plan,
   item.tile = max(first_tile, first_part << plan.shift);
   item.end = min((item.len + kTile - 1) / kTile, (first_part + taken) << plan.shift);
   // An item that nobody shares may take its largest parts.
-  item.shift = taken == parts ? Tree<kDim>::kChunkShift : plan.shift;
+  item.shift = taken == parts ? S::kLargestShift : plan.shift;
   return item;
 }
 

@@ -95,7 +95,6 @@ PagedAttention params_of(const Tensor& out, const Tensor& q, const Tensor& kv_pa
       .gain = cap > 0 ? 2 * kLog2OfE * products / cap : kLog2OfE * products,
       .cap = cap * kLog2OfE,
       .v_scale = static_cast<float>(v_scale),
-      .wide_page_table = is_aligned(page_table.const_data_ptr(), page_table.size(1) * 4),
       .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
   };
 }
@@ -123,8 +122,8 @@ Workspace workspace_for(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t h
   const int64_t all_rows = queries * (heads / kv_heads);
   const int rows = decode_rows(static_cast<int>(all_rows), static_cast<int>(head_dim));
   const int64_t groups = seqs * kv_heads * ((all_rows + rows - 1) / rows);
-  // A window may begin and end within a chunk: one more.
-  const int64_t most = groups * (max_pages * 16 / chunk_keys(static_cast<int>(head_dim)) + 2);
+  // A window may begin and end within a part: one more.
+  const int64_t most = groups * (max_pages * 16 / decode_longest_part(rows, static_cast<int>(head_dim)) + 2);
   const int64_t few = decode_short_parts(rows), slots = most > few ? most : few;
   return {
       .slots = slots,

@@ -200,7 +200,7 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Prefi
       for (int j = 0; j < 2; ++j) {
         const int distance = first + n * 8 + j;
         float& score = s[n][2 * i + j];
-        if (scored) score = score_of(score, gain[i], p.cap, slope, distance);
+        if (scored) score = with_bias(score_of(score, gain[i], p.cap), slope, distance);
         if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
       }
     }

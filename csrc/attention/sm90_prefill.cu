@@ -50,26 +50,26 @@ __device__ __forceinline__ void score_tile(float (&s)[64], const PrefillParams& 
   for (int i = 0; i < 2; ++i) {
     const Row row(p, work, warp_row + g + 8 * i);
     const int first = base + 2 * t - work.position - row.query;  // distance of the thread's first key
-    if (!scored && p.window <= 0) {
+    const auto each = [&](auto&& change) {
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (n * 8 + j > -first) s[4 * n + 2 * i + j] = negative_infinity();
-        }
+        for (int j = 0; j < 2; ++j) change(s[4 * n + 2 * i + j], n * 8 + j);
       }
-      continue;
+    };
+    if (scored) {
+      const float slope = p.alibi_slopes ? p.alibi_slopes[row.head] * kLog2e : 0.f;
+      if (p.cap != 0.f) each([&](float& score, int) { score = score_of(score, p.gain, p.cap); });
+      if (p.cap == 0.f) each([&](float& score, int) { score = score_of(score, p.gain, 0.f); });
+      each([&](float& score, int key) { score = with_bias(score, slope, first + key); });
     }
-    const float slope = p.alibi_slopes ? p.alibi_slopes[row.head] * kLog2e : 0.f;
-#pragma unroll
-    for (int n = 0; n < 16; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& score = s[4 * n + 2 * i + j];
-        const int distance = first + n * 8 + j;
-        if (scored) score = score_of(score, p.gain, p.cap, slope, distance);
-        if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
-      }
+    each([&](float& score, int key) {
+      if (key > -first) score = negative_infinity();
+    });
+    if (p.window > 0) {
+      each([&](float& score, int key) {
+        if (key <= -p.window - first) score = negative_infinity();
+      });
     }
   }
 }

@@ -59,8 +59,8 @@ struct Work {
 struct Row {
   int query, head;
   __device__ __forceinline__ Row(const PrefillParams& p, const Work& work, int row) {
-    // Less than 2^8: the quotient is exact.
-    query = __float2int_rz((row + 0.5f) * __frcp_rn(static_cast<float>(p.group)));
+    // At least 1/256 from the next integer: rounding does no harm.
+    query = __float2int_rz(__fdividef(row + 0.5f, static_cast<float>(p.group)));
     head = work.kv_head * p.group + row - query * p.group;
   }
 };
@@ -146,7 +146,7 @@ __device__ __forceinline__ void load_tiles(const CUtensorMap* map, const CUtenso
       const bool used = page * kPageRows < seen && (page + 1) * kPageRows > first;
       return used ? row[page] * 2 * p.kv_heads + head : -1;
     };
-    const int begin = work.tile, end = is_last ? 0 : work.end;
+    const int begin = is_last ? 0 : work.tile, end = is_last ? 0 : work.end;
     int chunk = begin < end ? find_chunk(begin) : -1;
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {

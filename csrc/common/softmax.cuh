@@ -67,11 +67,15 @@ __device__ __forceinline__ float normalizer(float maximum, float sum, float sink
 }
 
 // The score of a product of a query and a key. `gain` is scale·log2(e) without a cap; with one,
-// softcap·log2(e), it is 2·log2(e)·scale/softcap, as tanh is made of exp2. `slope` is of the distance to the
-// key, which is negative, and 0 without such a bias.
-__device__ __forceinline__ float score_of(float product, float gain, float cap, float slope, int distance) {
-  float score = __fmul_rn(product, gain);
-  if (cap != 0.f) score = __fmul_rn(cap, __fsub_rn(1.f, __fdividef(2.f, __fadd_rn(exp2_fast(score), 1.f))));
+// softcap·log2(e), it is 2·log2(e)·scale/softcap, as tanh is made of exp2.
+__device__ __forceinline__ float score_of(float product, float gain, float cap) {
+  const float scaled = __fmul_rn(product, gain);
+  if (cap == 0.f) return scaled;
+  return __fmul_rn(cap, __fsub_rn(1.f, __fdividef(2.f, __fadd_rn(exp2_fast(scaled), 1.f))));
+}
+
+// With a bias of `slope`, 0 for none, times the distance to the key, which is negative.
+__device__ __forceinline__ float with_bias(float score, float slope, int distance) {
   return __fmaf_rn(slope, static_cast<float>(distance), score);
 }
 
