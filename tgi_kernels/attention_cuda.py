@@ -91,13 +91,15 @@ def attention_prefill(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     workspace: Tensor | None = None,
+    anchored: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for every query against the keys of its sequence up to its own position.
 
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
     may lie apart. query_starts: [seqs + 1] int32. workspace: of `attention_prefill_workspace`; one is made where
-    none is given. The other arguments are those of `attention_decode`. Returns out, like q. Raises RuntimeError
+    none is given. anchored: in the one order of additions; False: in a faster one on Hopper, whose bits still depend
+    on the sequence alone but are not decode's. The other arguments are those of `attention_decode`. Returns out, like q. Raises RuntimeError
     for arguments that do not fit each other.
     """
     if out is None:
@@ -106,6 +108,6 @@ def attention_prefill(
         workspace = attention_prefill_workspace(kv_pages, page_table.shape[1])
     ops.attention_prefill(
         out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks,
-        workspace, k_scale, v_scale,
+        workspace, k_scale, v_scale, anchored,
     )  # fmt: skip
     return out

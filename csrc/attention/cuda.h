@@ -45,6 +45,7 @@ struct PrefillParams : PagedAttention {
   int* counters;            // [2], zero before and after
   float* totals;            // prefill_total_floats an SM; for sequences of more keys than a chunk
   int64_t tokens;
+  bool anchored;  // in the order of tree.h; else a faster one where there is one
 };
 
 cudaError_t attention_decode(const DecodeParams& params, CacheType type, cudaStream_t stream);

@@ -378,7 +378,7 @@ __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& pl
   const int row = p.heads * p.head_dim;
 #pragma unroll 1
   for (int seq = blockIdx.x; seq < p.seqs; seq += gridDim.x) {
-    if (len_of(p, seq) > 0) continue;
+    if (plan.lens[seq] > 0) continue;
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.queries * row; i += kThreads) {
       const int64_t token = static_cast<int64_t>(seq) * p.queries + i / row;
@@ -400,6 +400,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   Plan plan;
   plan.header = reinterpret_cast<int*>(shared + S::plan_at(halves));
   plan.starts = plan.header + 4;
+  plan.lens = plan.starts + p.seqs + 1;
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
 
   wait_for_previous();

@@ -13,6 +13,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "attention_prefill(Tensor(a!) out, Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, "
       "Tensor kv_lens, float scale, int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
-      "Tensor(b!) workspace, float k_scale=1.0, float v_scale=1.0) -> ()");
+      "Tensor(b!) workspace, float k_scale=1.0, float v_scale=1.0, bool anchored=True) -> ()");
   m.def("attention_prefill_workspace(int head_dim, int max_pages) -> int");
 }

@@ -182,7 +182,7 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
                             const Tensor& page_table, const Tensor& query_starts, const Tensor& kv_lens,
                             double scale, int64_t window, double softcap,
                             const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-                            const Tensor& workspace, double k_scale, double v_scale) {
+                            const Tensor& workspace, double k_scale, double v_scale, bool anchored) {
   const CacheType type = cache_type_of(kv_pages, q);
   PrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
                                  sinks, k_scale, v_scale)};
@@ -197,6 +197,7 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
   params.counters = static_cast<int*>(workspace.mutable_data_ptr());
   params.totals = reinterpret_cast<float*>(params.counters + kPrefillCounters);
   params.tokens = q.size(0);
+  params.anchored = anchored;
 #if defined(TGI_HAVE_SM90)
   if (is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
     check_launch(attention_prefill_sm90(params, type, stream_of(q)), "attention_prefill");
@@ -216,7 +217,7 @@ void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_
   const Tensor workspace = torch::stable::new_zeros(
       q, {attention_prefill_workspace(q.size(2), page_table.size(1))}, ScalarType::Int);
   attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap,
-                         alibi_slopes, sinks, workspace, 1.0, 1.0);
+                         alibi_slopes, sinks, workspace, 1.0, 1.0, true);
 }
 
 }  // namespace

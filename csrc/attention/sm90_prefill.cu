@@ -119,13 +119,13 @@ __device__ __forceinline__ void multiply_keys(float (&s)[64], uint32_t queries, 
   }
 }
 
-// 64 head dims of a tile's weighted values.
-template <typename T>
-__device__ __forceinline__ void multiply_values(float (&out)[32], const uint32_t (&weights)[8][4],
-                                                uint32_t values) {
+// A tile's weighted values: 64 head dims or all, from zero or added.
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply_values(float (&out)[kCount], const uint32_t (&weights)[8][4],
+                                                uint32_t values, bool add = false) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
-    warpgroup_mma_across<T>(out, weights[k], swizzled_operand(values + k * 16 * 128, kSliceBytes), k > 0);
+    warpgroup_mma_across<T>(out, weights[k], swizzled_operand(values + k * 16 * 128, kSliceBytes), add || k > 0);
 }
 
 template <int kCount>
@@ -190,93 +190,132 @@ __device__ __forceinline__ void release(uint32_t barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// The weighted values of this warpgroup's 64 rows of a block, not yet divided by the sums.
+// What a warpgroup works on: 64 rows of a block, and the tile that comes next in the rings.
 template <typename T, int kDim>
-__device__ __forceinline__ void attend(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p,
-                                       const Work& work, char* shared, Barriers barriers, Ring& ring,
-                                       int warpgroup) {
+struct Consumer {
   using S = Shape<kDim>;
-  const int my_turn = 1 + warpgroup, other_turn = 2 - warpgroup;
-  const uint32_t base = shared_address(shared), queries = base + warpgroup * 64 * 128;
-  const auto keys = [&](Ring at) { return base + S::kKeyAt + at.stage() * S::kTileBytes; };
-  const auto values = [&](Ring at) { return base + S::kValueAt + at.stage() * S::kTileBytes; };
-  const int end = work.end;
-  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
-  const float gain = scored ? 1.f : p.gain;
-  const int all_seen = (work.position + Row(p, work, warpgroup * 64).query + 1) / kTile;  // tiles before it
-  const auto hide = [&](float (&s)[64], int tile) {
+  const PrefillParams& p;
+  const Work& work;
+  char* shared;
+  Barriers barriers;
+  Ring& ring;
+  int warpgroup;
+  bool scored;
+  float gain;    // of products; of scores 1
+  int all_seen;  // tiles before it
+  int end;
+
+  __device__ __forceinline__ Consumer(const PrefillParams& p, const Work& work, char* shared,
+                                      Barriers barriers, Ring& ring, int warpgroup)
+      : p(p),
+        work(work),
+        shared(shared),
+        barriers(barriers),
+        ring(ring),
+        warpgroup(warpgroup),
+        scored(p.cap != 0.f || p.alibi_slopes != nullptr),
+        gain(scored ? 1.f : p.gain),
+        all_seen((work.position + Row(p, work, warpgroup * 64).query + 1) / kTile),
+        end(work.end) {}
+
+  __device__ __forceinline__ int my_turn() const { return 1 + warpgroup; }
+  __device__ __forceinline__ int other_turn() const { return 2 - warpgroup; }
+  __device__ __forceinline__ uint32_t values() const {
+    return shared_address(shared) + S::kValueAt + ring.stage() * S::kTileBytes;
+  }
+
+  // Begins a tile's products of queries and keys.
+  __device__ __forceinline__ void begin_keys(float (&s)[64], Ring at) const {
+    const uint32_t base = shared_address(shared);
+    barrier_wait(barriers.keys_full(at.stage()), at.phase());
+    products_hold(s);
+    products_begin();
+    multiply_keys<T, kDim>(s, base + warpgroup * 64 * 128, base + S::kKeyAt + at.stage() * S::kTileBytes);
+    products_commit();
+  }
+
+  // They are there: what they were made of may go.
+  __device__ __forceinline__ void end_keys(float (&s)[64], Ring at, int tile) const {
+    products_hold(s);
+    release(barriers.keys_empty(at.stage()));
+    if (tile + 1 == end) release(barriers.queries_empty());
     if (tile >= all_seen || scored || (p.window > 0 && tile * kTile < work.seen - p.window))
       score_tile(s, p, work, threadIdx.x / 32 * 16 - 64, tile * kTile, scored);
-  };
+  }
+
+  __device__ __forceinline__ void wait_last_values() const {
+    barrier_wait(barriers.values_full(ring.stage()), ring.phase());
+    clear_unused<kDim>(shared + S::kValueAt + ring.stage() * S::kTileBytes, end - 1, work.len);
+    sync_warpgroup(3 + warpgroup);
+  }
+
+  // The weighted values of the rows, not yet divided by the sums.
+  __device__ __forceinline__ void attend(float (&node)[kDim / 8][4], Rows& rows) const;
+
+  // The same, summed tile after tile by the products themselves: faster, and not decode's order.
+  __device__ __forceinline__ void attend_in_a_row(float (&out)[kDim / 8][4], Rows& rows) const;
+};
+
+template <typename T, int kDim>
+__device__ __forceinline__ void Consumer<T, kDim>::attend(float (&node)[kDim / 8][4], Rows& rows) const {
   Sums<kDim> sums{};
   float s[64], slice[32], top[2], sum[2];
   uint32_t weights[8][4];
   int tile = work.tile;
-  barrier_wait(barriers.keys_full(ring.stage()), ring.phase());
-  wait_turn(my_turn);
-  products_hold(s);
-  products_begin();
-  multiply_keys<T, kDim>(s, queries, keys(ring));
-  products_commit();
-  pass_turn(other_turn);
+  wait_turn(my_turn());
+  begin_keys(s, ring);
+  pass_turn(other_turn());
   products_wait<0>();
-  products_hold(s);
-  release(barriers.keys_empty(ring.stage()));
-  if (tile + 1 == end) release(barriers.queries_empty());
-  hide(s, tile);
+  end_keys(s, ring, tile);
   find_tops(top, s, gain);
   weigh(s, sum, top, gain);
   round_weights<T>(weights, s);
   Factors by = prefill::merge_sums(rows, top, sum);
 
+  // A turn is one run of products: half of the values, the next scores under which these are merged, and the
+  // other half, under which the softmax begins.
 #pragma unroll 1
   for (++tile; tile < end; ++tile, ++ring.tile) {
     const Ring next{ring.tile + 1};
-    barrier_wait(barriers.keys_full(next.stage()), next.phase());
-    wait_turn(my_turn);
-    products_hold(s);
+    barrier_wait(barriers.values_full(ring.stage()), ring.phase());
+    wait_turn(my_turn());
     products_hold(slice);
     products_begin();
-    multiply_keys<T, kDim>(s, queries, keys(next));
+    multiply_values<T>(slice, weights, values());
     products_commit();
-    barrier_wait(barriers.values_full(ring.stage()), ring.phase());
-    multiply_values<T>(slice, weights, values(ring));
-    products_commit();
-    pass_turn(other_turn);
-
+    begin_keys(s, next);
     products_wait<1>();
-    products_hold(s);
-    release(barriers.keys_empty(next.stage()));
-    if (tile + 1 == end) release(barriers.queries_empty());
-    hide(s, tile);
+    products_hold(slice);
+    add_slice(node, slice, 0, by);
+    if constexpr (S::kSlices == 2) {
+      products_hold(slice);
+      products_begin();
+      multiply_values<T>(slice, weights, values() + kSliceBytes);
+      products_commit();
+    }
+    pass_turn(other_turn());
+
+    products_wait<S::kSlices - 1>();
+    end_keys(s, next, tile);
     find_tops(top, s, gain);
+    weigh(s, sum, top, gain);
     if constexpr (S::kSlices == 2) {
       products_wait<0>();
       products_hold(slice);
-      add_slice(node, slice, 0, by);
-      products_hold(slice);
-      products_begin();
-      multiply_values<T>(slice, weights, values(ring) + kSliceBytes);
-      products_commit();
+      add_slice(node, slice, 1, by);
     }
-    weigh(s, sum, top, gain);
-    products_wait<0>();
-    products_hold(slice);
     release(barriers.values_empty(ring.stage()));
-    add_slice(node, slice, S::kSlices - 1, by);
     round_weights<T>(weights, s);
     if (tile % Tree<kDim>::kNodeTiles == 0) sums.add(node, rows, p, shared, tile);
     by = prefill::merge_sums(rows, top, sum);
   }
 
-  barrier_wait(barriers.values_full(ring.stage()), ring.phase());
-  clear_unused<kDim>(shared + S::kValueAt + ring.stage() * S::kTileBytes, end - 1, work.len);
-  sync_warpgroup(3 + warpgroup);
+  wait_last_values();
 #pragma unroll
   for (int i = 0; i < S::kSlices; ++i) {
     products_hold(slice);
     products_begin();
-    multiply_values<T>(slice, weights, values(ring) + i * kSliceBytes);
+    multiply_values<T>(slice, weights, values() + i * kSliceBytes);
     products_commit();
     products_wait<0>();
     products_hold(slice);
@@ -285,6 +324,69 @@ __device__ __forceinline__ void attend(float (&node)[kDim / 8][4], Rows& rows, c
   release(barriers.values_empty(ring.stage()));
   ++ring.tile;
   sums.finish(node, rows, p, shared);
+}
+
+template <typename T, int kDim>
+__device__ __forceinline__ void Consumer<T, kDim>::attend_in_a_row(float (&out)[kDim / 8][4],
+                                                                   Rows& rows) const {
+  float s[64], sums[kDim / 2] = {}, top[2], sum[2], rescale[2];
+  uint32_t weights[8][4];
+  int tile = work.tile;
+  const auto make_weights = [&] {
+    find_tops(top, s, gain);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], rows.maximum[i]);
+      rescale[i] = exp2_fast(__fsub_rn(rows.maximum[i], finite_max(top[i])));
+      rows.maximum[i] = top[i];
+    }
+    weigh(s, sum, top, gain);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows.sum[i] = __fmaf_rn(rows.sum[i], rescale[i], sum[i]);
+  };
+  wait_turn(my_turn());
+  begin_keys(s, ring);
+  pass_turn(other_turn());
+  products_wait<0>();
+  end_keys(s, ring, tile);
+  make_weights();
+  round_weights<T>(weights, s);
+
+#pragma unroll 1
+  for (++tile; tile < end; ++tile, ++ring.tile) {
+    const Ring next{ring.tile + 1};
+    wait_turn(my_turn());
+    begin_keys(s, next);
+    barrier_wait(barriers.values_full(ring.stage()), ring.phase());
+    multiply_values<T>(sums, weights, values(), true);
+    products_commit();
+    pass_turn(other_turn());
+
+    products_wait<1>();
+    end_keys(s, next, tile);
+    make_weights();
+    products_wait<0>();
+    products_hold(sums);
+    release(barriers.values_empty(ring.stage()));
+    // Later tiles seldom raise a maximum; a product by 1 left out changes nothing.
+    if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) sums[i] *= rescale[i % 4 / 2];
+    }
+    round_weights<T>(weights, s);
+  }
+
+  wait_last_values();
+  products_hold(sums);
+  products_begin();
+  multiply_values<T>(sums, weights, values(), true);
+  products_commit();
+  products_wait<0>();
+  products_hold(sums);
+  release(barriers.values_empty(ring.stage()));
+  ++ring.tile;
+#pragma unroll
+  for (int i = 0; i < kDim / 2; ++i) out[i / 4][i % 4] = sums[i];
 }
 
 // A warp's rows leave through its own part of shared memory, as 16 bytes a lane.
@@ -319,7 +421,7 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
   __syncwarp();
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kAnchored>
 __device__ __forceinline__ void consume_blocks(const PrefillParams& p, char* shared, Barriers barriers,
                                                int warpgroup) {
   using S = Shape<kDim>;
@@ -334,7 +436,12 @@ __device__ __forceinline__ void consume_blocks(const PrefillParams& p, char* sha
     rows.clear();
     float node[kDim / 8][4] = {};
     if (work.tile < work.end) {
-      attend<T, kDim>(node, rows, p, work, shared, barriers, ring, warpgroup);
+      const Consumer<T, kDim> consumer(p, work, shared, barriers, ring, warpgroup);
+      if constexpr (kAnchored) {
+        consumer.attend(node, rows);
+      } else {
+        consumer.attend_in_a_row(node, rows);
+      }
     } else {
       release(barriers.queries_empty());
     }
@@ -345,7 +452,7 @@ __device__ __forceinline__ void consume_blocks(const PrefillParams& p, char* sha
 
 // ---- kernel ----
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kAnchored>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ CUtensorMap query_map,
            const __grid_constant__ PrefillParams p, int block_rows) {
@@ -364,13 +471,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tiles<kDim>(&map, &query_map, p, block_rows, shared, barriers);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume_blocks<T, kDim>(p, shared, barriers, threadIdx.x / 128 - 1);
+    consume_blocks<T, kDim, kAnchored>(p, shared, barriers, threadIdx.x / 128 - 1);
   }
 }
 
 // ---- host ----
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kAnchored>
 cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   using S = Shape<kDim>;
   // [pages · 2 · kv_heads][16][head_dim]; a box is 64 dims of a page's 16 rows.
@@ -393,7 +500,7 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (!encode_swizzled_map(&query_map, __is_same(T, __half), p.q, query_sizes, query_strides, query_box))
     return cudaErrorInvalidValue;
   if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
+          cudaFuncSetAttribute(kernel<T, kDim, kAnchored>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
     return error;
   // Every sequence may end in a block that is not full.
   const int64_t blocks = (p.tokens / queries + p.seqs) * p.kv_heads;
@@ -402,7 +509,7 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
   const int64_t grid = blocks < sms ? blocks : sms;
-  return launch(kernel<T, kDim>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, map,
+  return launch(kernel<T, kDim, kAnchored>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, map,
                 query_map, p, block_rows);
 }
 
@@ -414,12 +521,14 @@ bool attention_prefill_sm90_takes(const PrefillParams& p, CacheType type) {
 
 cudaError_t attention_prefill_sm90(const PrefillParams& p, CacheType type, cudaStream_t stream) {
   if (p.seqs == 0 || p.tokens == 0) return cudaSuccess;
-  if (type == CacheType::f16) {
-    if (p.head_dim <= 64) return prefill90::launch_shape<__half, 64>(p, stream);
-    return prefill90::launch_shape<__half, 128>(p, stream);
-  }
-  if (p.head_dim <= 64) return prefill90::launch_shape<__nv_bfloat16, 64>(p, stream);
-  return prefill90::launch_shape<__nv_bfloat16, 128>(p, stream);
+  const auto with_type = [&]<typename T>(T) {
+    const auto with_order = [&]<bool kAnchored>() {
+      return p.head_dim <= 64 ? prefill90::launch_shape<T, 64, kAnchored>(p, stream)
+                              : prefill90::launch_shape<T, 128, kAnchored>(p, stream);
+    };
+    return p.anchored ? with_order.template operator()<true>() : with_order.template operator()<false>();
+  };
+  return type == CacheType::f16 ? with_type(__half{}) : with_type(__nv_bfloat16{});
 }
 
 }  // namespace tgi

@@ -81,6 +81,18 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[64], uint64_t a, uint64
 }
 
 template <typename T>
+__device__ __forceinline__ void warpgroup_mma_across(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                                     bool add) {
+  if constexpr (__is_same(T, __half)) {
+    TGI_PRODUCT_REGISTERS("f16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", "69", TGI_D32(d, 0),
+                          TGI_D32(d, 32));
+  } else {
+    TGI_PRODUCT_REGISTERS("bf16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", "69", TGI_D32(d, 0),
+                          TGI_D32(d, 32));
+  }
+}
+
+template <typename T>
 __device__ __forceinline__ void warpgroup_mma_across(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
                                                      bool add) {
   if constexpr (__is_same(T, __half)) {

@@ -144,7 +144,11 @@ def test_a_hundred_runs_give_the_same_bits(run: Any) -> None:
         assert_same_bits(run(case), want)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 100, "sinks": True}], ids=["plain", "window-sinks"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 100, "sinks": True}, {"anchored": False}],
+    ids=["plain", "window-sinks", "faster"],
+)
 @pytest.mark.parametrize("cut", [1, 37, 128, 250])
 def test_a_prompt_has_the_same_bits_however_it_is_cut(cut: int, options: dict[str, Any]) -> None:
     case = make([(611, 1500), (300, 300)])

@@ -96,6 +96,13 @@ def test_prefill_agrees_with_the_oracle_for_every_head_size(head_dim: int, dtype
     assert_as_good_as_eager(prefill(case), case)
 
 
+@pytest.mark.parametrize("dtype", BOTH_DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_prefill_in_the_faster_order_agrees_with_the_oracle(head_dim: int, dtype: torch.dtype) -> None:
+    case = make(MIXED, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_eager(prefill(case, anchored=False), case)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", BOTH_DTYPES)
 def test_prefill_reads_a_float8_cache(head_dim: int, dtype: torch.dtype) -> None:
