@@ -24,12 +24,12 @@ struct PagedAttention {
   int64_t pages;
   int max_pages;
   int seqs, heads, kv_heads, head_dim;
-  int group;             // heads of a KV head
-  int window;            // tokens a query sees, itself included; 0: all
-  float gain;            // of products, see score_of
-  float cap;             // softcap·log2(e), or 0
-  float v_scale;         // of cached values
-  bool q_is_bf16;        // type of q and out
+  int group;       // heads of a KV head
+  int window;      // tokens a query sees, itself included; 0: all
+  float gain;      // of products, see score_of
+  float cap;       // softcap·log2(e), or 0
+  float v_scale;   // of cached values
+  bool q_is_bf16;  // type of q and out
 };
 
 struct DecodeParams : PagedAttention {
@@ -65,12 +65,10 @@ constexpr int decode_longest_part(int rows, int head_dim) {
 constexpr int decode_short_parts(int rows) { return 65536 / rows; }
 // Parts of a chunk are merged to chunks, and these to results.
 constexpr int kDecodeMergeLevels = 2;
-// Rows that the CTAs of an SM have at once in prefill. Of each, its sums and its maximum and sum of weights are
-// what it keeps of chunks.
+// Rows that the CTAs of an SM have at once in prefill. Of each, its sums and its maximum and sum of weights
+// are what it keeps of chunks.
 constexpr int kPrefillRows = 128;
 constexpr int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
-constexpr int prefill_total_floats(int head_dim) {
-  return kPrefillRows * (padded_dim(head_dim) + 2);
-}
+constexpr int prefill_total_floats(int head_dim) { return kPrefillRows * (padded_dim(head_dim) + 2); }
 
 }  // namespace tgi

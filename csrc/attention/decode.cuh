@@ -1,9 +1,9 @@
 // Attention of a few new tokens per sequence over a paged KV cache, in one launch.
 //
 // Dao et al. 2023, Flash-Decoding; here with one summation tree for every batch and for prefill, see tree.h.
-// The parts of one level of it, of all sequences and KV heads one after the other, are shared out evenly among
-// the CTAs. What a cut separates is merged along the same tree by the last CTA to finish. So the bits of a
-// result depend on its own sequence alone.
+// The parts of one level of it, of all sequences and KV heads one after the other, are shared out evenly
+// among the CTAs. What a cut separates is merged along the same tree by the last CTA to finish. So the bits
+// of a result depend on its own sequence alone.
 //
 // Keys are the rows of S^T = K·Q^T and head dims those of O^T = V^T·P^T: the tensor cores want 16 rows and 8
 // columns, and there are always 16 keys but seldom 16 queries. Warps share a tile's keys for S and the head
@@ -97,8 +97,7 @@ struct Loader {
                        (next.kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
     const auto row_at = [&](int i) {
       const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
-      return base + static_cast<uint64_t>(number) * (2 * half_page) +
-             i * kStepRows % kPageRows * row_bytes;
+      return base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
     };
     if (kDim == p.head_dim && next.tile * kTile >= next.first && (next.tile + 1) * kTile <= next.len) {
 #pragma unroll
@@ -133,8 +132,8 @@ struct Loader {
 
 // ---- compute ----
 
-// The queries of an item as B operands: kept in registers, or read where they are used. With an e4m3 cache they
-// are fp16, and each row divided by the power of two that brings its largest number to [1, 2).
+// The queries of an item as B operands: kept in registers, or read where they are used. With an e4m3 cache
+// they are fp16, and each row divided by the power of two that brings its largest number to [1, 2).
 template <typename KV, int kDim, int kColumns>
 struct Queries {
   static constexpr bool kKept = !Shape<KV, kDim, kColumns>::kReloadQueries;
@@ -282,9 +281,9 @@ __device__ __forceinline__ void load_values(uint32_t (&a)[4], uint32_t values, i
 
 // What a row may not see, and, where there are caps or distance biases, scores in place of products.
 template <typename KV, int kDim, int kColumns>
-__device__ __forceinline__ void score_tile(
-    float (&scores)[Shape<KV, kDim, kColumns>::kKeyTiles][kColumns][4],
-    const Queries<KV, kDim, kColumns>& queries, const DecodeParams& p, const Item& item, bool scored) {
+__device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColumns>::kKeyTiles][kColumns][4],
+                                           const Queries<KV, kDim, kColumns>& queries, const DecodeParams& p,
+                                           const Item& item, bool scored) {
   using S = Shape<KV, kDim, kColumns>;
   const int lane = threadIdx.x % 32;
   const int key = item.tile * S::kTile + threadIdx.x / 32 * (16 * S::kKeyTiles) + lane / 4;
@@ -311,15 +310,15 @@ __device__ __forceinline__ void score_tile(
   }
 }
 
-// By what the keys of a row of scores are exchanged: four neighbouring rows, and every other row of eight, lie
-// in different banks.
+// By what the keys of a row of scores are exchanged: four neighbouring rows, and every other row of eight,
+// lie in different banks.
 __device__ __forceinline__ int score_swap(int row) { return ((row & 3) ^ (row >> 2 & 1)) * 8; }
 
 // Adds a tile to a node: its scores, [query, key], which are products where there is a gain, and its values.
 // Every warp takes all of the tile's softmax, and its own dims. Columns go by twos: registers are short.
 template <typename KV, int kDim, int kColumns>
-__device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const float* scores, uint32_t values,
-                                         const float (&gain)[kColumns]) {
+__device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const float* scores,
+                                         uint32_t values, const float (&gain)[kColumns]) {
   using S = Shape<KV, kDim, kColumns>;
   using T = Operand<KV>;
   constexpr int kAtOnce = kColumns == 2 ? 2 : 1;
@@ -413,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   loader.start(p, plan);
   Queries<KV, kDim, kColumns> queries;
   constexpr bool kHasChunk = S::kLargestShift > S::kNodeShift;
-  Node<kDim / 64, kColumns> node, chunk;          // under way
+  Node<kDim / 64, kColumns> node, chunk;  // under way
   bool chunk_used = false;
   int previous = -1, query_slot = -1, begin = 0;  // of items
   int half = 1 - halves;                          // in the ring; negative: it is being filled

@@ -9,8 +9,8 @@
 namespace tgi {
 namespace decode {
 
-// A sum of tiles, as far as a warp has it: its share of the head dims of O^T, of queries 2t and 2t + 1, and the
-// maximum and the weights' sum of query lane / 4, of each column tile.
+// A sum of tiles, as far as a warp has it: its share of the head dims of O^T, of queries 2t and 2t + 1, and
+// the maximum and the weights' sum of query lane / 4, of each column tile.
 template <int kDimTiles, int kColumns>
 struct Node {
   float values[kDimTiles][kColumns][4];
@@ -27,7 +27,8 @@ struct Node {
     }
   }
 
-  // this ← this + a part of that maximum and sum; returns the factors of queries 2t and 2t + 1 for its values.
+  // this ← this + a part of that maximum and sum; returns the factors of queries 2t and 2t + 1 for its
+  // values.
   struct Factors {
     MergeFactors of[2];
   };
@@ -208,8 +209,8 @@ __device__ __forceinline__ bool all_stored(int* counter, int parts, int needed, 
   return *flag;
 }
 
-// An item's parts, from tile `begin` on, are stored. The last CTA of each chunk merges its parts, and the last
-// of these the chunks.
+// An item's parts, from tile `begin` on, are stored. The last CTA of each chunk merges its parts, and the
+// last of these the chunks.
 template <int kDim, int kRows, int kAtOnce>
 __device__ __forceinline__ void finish(const DecodeParams& p, const Item& item, int begin, int* flag) {
   constexpr int kTile = Tree<kDim>::kTile, kChunkShift = Tree<kDim>::kChunkShift;
@@ -223,7 +224,8 @@ __device__ __forceinline__ void finish(const DecodeParams& p, const Item& item, 
   int merged = bits > 0 ? 0 : stop - part;  // chunks
 #pragma unroll 1
   while (bits > 0 && part < stop) {
-    const int chunk = part >> bits, from = max(chunk << bits, first), to = min(((chunk + 1) << bits) - 1, last);
+    const int chunk = part >> bits, from = max(chunk << bits, first),
+              to = min(((chunk + 1) << bits) - 1, last);
     const int counted = min(stop, to + 1) - part;
     part += counted;
     const auto slot_of = [&](int i) { return item.head_slot + i - first; };

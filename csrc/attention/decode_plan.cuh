@@ -44,13 +44,15 @@ struct Shape : Tree<kDim> {
   static constexpr int kMergeLoads = kColumns > 1    ? 4
                                      : kResident > 2 ? 8
                                                      : 16;  // under way, as registers allow
-  static constexpr int kQuerySlots = (kHalves + 1) / 2;  // items under way: each may be of one tile
+  static constexpr int kQuerySlots = (kHalves + 1) / 2;     // items under way: each may be of one tile
   static constexpr int kItems = kHalves / 2 + 2;
   static constexpr int kScoreAt = kQuerySlots * kQueryBytes;  // behind the queries
   static constexpr int kItemAt = kScoreAt + kRows * kTile * 4;
   static constexpr int kRingAt = kItemAt + (kItems * static_cast<int>(sizeof(Item)) + 127) / 128 * 128;
   static constexpr int plan_at(int halves) { return kRingAt + halves * kHalfBytes; }
-  static constexpr int shared_bytes(int halves, int seqs) { return plan_at(halves) + 16 + 4 * (2 * seqs + 1); }
+  static constexpr int shared_bytes(int halves, int seqs) {
+    return plan_at(halves) + 16 + 4 * (2 * seqs + 1);
+  }
 };
 
 // ---- plan ----
@@ -81,10 +83,10 @@ constexpr int shift_of(int level) {
   return level == 0 ? 0 : level == 1 ? S::kNodeShift : S::kLargestShift;
 }
 
-// One warp chooses the level with the shortest estimated time, in units of a tile's bytes at a processor's share
-// of the memory: what a processor reads, the latency of each CTA's tiles one after the other, the writing of
-// parts, and the merge's start and its reads of the longest sequence's parts. Fitted to an H200: at 8x1024 tiles
-// are 1.0 µs faster than nodes, at 1x8192 2.8 slower.
+// One warp chooses the level with the shortest estimated time, in units of a tile's bytes at a processor's
+// share of the memory: what a processor reads, the latency of each CTA's tiles one after the other, the
+// writing of parts, and the merge's start and its reads of the longest sequence's parts. Fitted to an H200:
+// at 8x1024 tiles are 1.0 µs faster than nodes, at 1x8192 2.8 slower.
 template <typename S>
 __device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p, int sms) {
   constexpr int kTile = S::kTile;

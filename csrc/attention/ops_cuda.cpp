@@ -165,7 +165,8 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
   check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
 }
 
-// Workspace of prefill, in 32-bit words: counters, and the totals of sequences that may be longer than a chunk.
+// Workspace of prefill, in 32-bit words: counters, and the totals of sequences that may be longer than a
+// chunk.
 constexpr int64_t kPrefillCounters = 32;
 
 int64_t attention_prefill_workspace(int64_t head_dim, int64_t max_pages) {

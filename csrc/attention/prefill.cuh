@@ -1,13 +1,13 @@
 // Causal attention of many new tokens per sequence over a paged KV cache: whole prompts, chunks of them,
 // mixed batches.
 //
-// Dao 2023, FlashAttention-2, arXiv:2307.08691; the order of additions is that of tree.h. A CTA takes blocks of
-// kRows rows of one sequence and KV head: consecutive queries, each with all heads of its group, so that keys
-// are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a prompt is
-// cut into chunks or which other sequences run beside it changes no bit.
+// Dao 2023, FlashAttention-2, arXiv:2307.08691; the order of additions is that of tree.h. A CTA takes blocks
+// of kRows rows of one sequence and KV head: consecutive queries, each with all heads of its group, so that
+// keys are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a
+// prompt is cut into chunks or which other sequences run beside it changes no bit.
 //
-// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A tile's
-// values are summed 32 head dims at a time.
+// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A
+// tile's values are summed 32 head dims at a time.
 #pragma once
 
 #include "attention/prefill_common.cuh"
@@ -91,8 +91,8 @@ struct Loader {
     for (int i = 0; i < S::kTile / kStepRows; ++i) {
       const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
       const int key = tile * S::kTile + row + i * kStepRows;
-      const char* from = base + static_cast<uint64_t>(number) * (2 * half_page) +
-                         i * kStepRows % kPageRows * row_bytes;
+      const char* from =
+          base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
       const bool valid = chunk * 16 < row_bytes && key >= first && key < len;
       copy_async(to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk),
                  valid ? from : static_cast<const char*>(p.kv_pages), valid);
@@ -187,13 +187,15 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 // Hides what a row may not see and, where there are caps or distance biases, makes scores of products.
 template <int kTile>
 __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const PrefillParams& p,
-                                           const Block& block, int base, const float (&gain)[2], bool scored) {
+                                           const Block& block, int base, const float (&gain)[2],
+                                           bool scored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = block.first_row + threadIdx.x / 32 * 16 + i * 8 + lane / 4;
     const int first = base + lane % 4 * 2 - block.first_position - row / p.group;
-    const float slope = p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
+    const float slope =
+        p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
@@ -233,7 +235,8 @@ __device__ __forceinline__ Factors weigh(uint32_t (&weights)[kTile / 16][4], flo
   return merge_sums(rows, top, sum);
 }
 
-// Adds a tile's weighted values to its node's. For e4m3, columns g of a pair of dim tiles are dims 2g, 2g + 1.
+// Adds a tile's weighted values to its node's. For e4m3, columns g of a pair of dim tiles are dims 2g, 2g
+// + 1.
 template <typename KV, int kDim>
 __device__ __forceinline__ void add_tile(float (&node)[kDim / 8][4],
                                          const uint32_t (&weights)[Tree<kDim>::kTile / 16][4],
@@ -269,8 +272,8 @@ __device__ __forceinline__ void add_tile(float (&node)[kDim / 8][4],
 
 // A warp's rows go through their own rows of the queries, so that they leave as 16 bytes a lane.
 template <typename KV, int kDim>
-__device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Rows& rows, const PrefillParams& p,
-                                      const Block& block, char* queries) {
+__device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Rows& rows,
+                                      const PrefillParams& p, const Block& block, char* queries) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * 16;
   __syncwarp();
 #pragma unroll
@@ -313,8 +316,8 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // ---- kernel ----
 
-// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond them
-// in global memory.
+// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond
+// them in global memory.
 template <int kDim>
 struct Sums {
   float chunk[kDim == 256 ? 1 : kDim / 8][4];
@@ -371,8 +374,8 @@ struct Sums {
   }
 };
 
-// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and its
-// values while the next scores are made.
+// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
+// its values while the next scores are made.
 template <typename KV, int kDim>
 __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared) {
   using S = Shape<KV, kDim>;

@@ -1,5 +1,5 @@
-// What every kernel of prefill shares: how rows are cut into blocks, who takes which, and how a row's sums are
-// merged along the tree.
+// What every kernel of prefill shares: how rows are cut into blocks, who takes which, and how a row's sums
+// are merged along the tree.
 #pragma once
 
 #include "attention/cuda.h"

@@ -125,7 +125,8 @@ __device__ __forceinline__ void multiply_values(float (&out)[kCount], const uint
                                                 uint32_t values, bool add = false) {
 #pragma unroll
   for (int k = 0; k < 8; ++k)
-    warpgroup_mma_across<T>(out, weights[k], swizzled_operand(values + k * 16 * 128, kSliceBytes), add || k > 0);
+    warpgroup_mma_across<T>(out, weights[k], swizzled_operand(values + k * 16 * 128, kSliceBytes),
+                            add || k > 0);
 }
 
 template <int kCount>
@@ -391,8 +392,8 @@ __device__ __forceinline__ void Consumer<T, kDim>::attend_in_a_row(float (&out)[
 
 // A warp's rows leave through its own part of shared memory, as 16 bytes a lane.
 template <typename T, int kDim>
-__device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Rows& rows, const PrefillParams& p,
-                                      const Work& work, char* staged, int warp_row) {
+__device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Rows& rows,
+                                      const PrefillParams& p, const Work& work, char* staged, int warp_row) {
   constexpr int kHalfBytes = 16 * 128;  // 64 head dims
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -413,8 +414,9 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
     const int row = i / kChunks, chunk = i % kChunks;
     if (warp_row + row >= work.rows || chunk * 8 >= p.head_dim) continue;
     const Row at(p, work, warp_row + row);
-    uint16_t* to = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(work.token + at.query) * p.out_stride +
-                   at.head * p.head_dim + chunk * 8;
+    uint16_t* to = static_cast<uint16_t*>(p.out) +
+                   static_cast<int64_t>(work.token + at.query) * p.out_stride + at.head * p.head_dim +
+                   chunk * 8;
     *reinterpret_cast<uint4*>(to) =
         *reinterpret_cast<const uint4*>(staged + chunk / 8 * kHalfBytes + swizzled<128>(row, chunk % 8));
   }
@@ -489,8 +491,8 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   CUtensorMap map, query_map;
   if (!encode_swizzled_map(&map, __is_same(T, __half), p.kv_pages, sizes, strides, box))
     return cudaErrorInvalidValue;
-  // [tokens][heads][head_dim]; a box is 64 dims of the rows of a block: the heads of a group of as many queries
-  // as fit.
+  // [tokens][heads][head_dim]; a box is 64 dims of the rows of a block: the heads of a group of as many
+  // queries as fit.
   const int queries = kRows / p.group, block_rows = queries * p.group;
   const cuuint64_t query_sizes[3] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.heads),
                                      static_cast<cuuint64_t>(p.tokens)};
@@ -499,8 +501,8 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   const cuuint32_t query_box[3] = {64, static_cast<cuuint32_t>(p.group), static_cast<cuuint32_t>(queries)};
   if (!encode_swizzled_map(&query_map, __is_same(T, __half), p.q, query_sizes, query_strides, query_box))
     return cudaErrorInvalidValue;
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel<T, kDim, kAnchored>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel<T, kDim, kAnchored>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
     return error;
   // Every sequence may end in a block that is not full.
   const int64_t blocks = (p.tokens / queries + p.seqs) * p.kv_heads;
@@ -509,8 +511,8 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
   const int64_t grid = blocks < sms ? blocks : sms;
-  return launch(kernel<T, kDim, kAnchored>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, map,
-                query_map, p, block_rows);
+  return launch(kernel<T, kDim, kAnchored>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes,
+                stream, map, query_map, p, block_rows);
 }
 
 }  // namespace prefill90

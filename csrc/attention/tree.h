@@ -21,7 +21,8 @@ struct Tree {
 
 // Keys of a chunk.
 constexpr int chunk_keys(int head_dim) {
-  return head_dim > 128 ? Tree<256>::kTile * Tree<256>::kChunkTiles : Tree<128>::kTile * Tree<128>::kChunkTiles;
+  return head_dim > 128 ? Tree<256>::kTile * Tree<256>::kChunkTiles
+                        : Tree<128>::kTile * Tree<128>::kChunkTiles;
 }
 
 }  // namespace tgi

@@ -63,12 +63,12 @@ __device__ __forceinline__ void products_hold(float (&d)[kCount]) {
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
 // The same, a in registers, b in shared memory, read across its rows.
-#define TGI_PRODUCT_REGISTERS(TYPE, N, NAMES, A0, A1, A2, A3, B, ADD, ...)                            \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                               \
-               ", 0;\n"                                                                               \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {%" A0    \
-               ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1;\n}"                                 \
-               : __VA_ARGS__                                                                          \
+#define TGI_PRODUCT_REGISTERS(TYPE, N, NAMES, A0, A1, A2, A3, B, ADD, ...)                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                                      \
+               ", 0;\n"                                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {%" A0 ", %" A1 \
+               ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1;\n}"                                                 \
+               : __VA_ARGS__                                                                                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
 template <typename T>
