@@ -98,9 +98,9 @@ def attention_prefill(
 
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
     may lie apart. query_starts: [seqs + 1] int32. workspace: of `attention_prefill_workspace`; one is made where
-    none is given. anchored: in the one order of additions; False: in a faster one on Hopper, whose bits still depend
-    on the sequence alone but are not decode's. The other arguments are those of `attention_decode`. Returns out, like q. Raises RuntimeError
-    for arguments that do not fit each other.
+    none is given. anchored: in the one order of additions; False: in a faster one on Hopper, whose bits depend on
+    the sequence alone as well, but are not decode's. The other arguments are those of `attention_decode`. Returns
+    out, like q. Raises RuntimeError for arguments that do not fit each other.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
