@@ -1,9 +1,8 @@
 """Attention on NVIDIA GPUs, specialised for a step's shape: a few queries for each sequence, or many.
 
 `tgi_kernels.attention.attention` takes any batch; these two let the engine keep decode's rows apart, in a
-graph. Results of decode do not depend on the batch, nor on how many of a sequence's tokens are verified at once;
-those of prefill not on the batch, nor on how a prompt is cut. The two sum in different orders and agree to
-rounding.
+graph. Both add up a row's keys in one order, that of `csrc/attention/tree.h`: a token's result has the same bits
+from either, whatever its batch, how its prompt was cut and how many tokens were verified at once.
 """
 
 from __future__ import annotations
@@ -29,9 +28,16 @@ def attention_decode_workspace(
     return torch.zeros(num_bytes, dtype=torch.uint8, device=kv_pages.device)
 
 
-def attention_prefill_workspace(device: torch.device) -> Tensor:
-    """A workspace for `attention_prefill`, of any size; may be used again and again, by one call at a time."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
+def attention_prefill_workspace(kv_pages: Tensor, max_pages: int) -> Tensor:
+    """A workspace, int32, for `attention_prefill` of sequences of up to max_pages; may be used again and again.
+
+    The counters in it are zero between calls; the rest is scratch. One call at a time, as with
+    `attention_decode_workspace`.
+    """
+    num_ints = ops.attention_prefill_workspace(kv_pages.shape[4], max_pages)
+    workspace = torch.empty(num_ints, dtype=torch.int32, device=kv_pages.device)
+    workspace[:32].zero_()
+    return workspace
 
 
 def attention_decode(
@@ -78,7 +84,6 @@ def attention_prefill(
     kv_lens: Tensor,
     scale: float,
     *,
-    max_query_len: int = 0,
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -86,21 +91,23 @@ def attention_prefill(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     workspace: Tensor | None = None,
+    anchored: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for every query against the keys of its sequence up to its own position.
 
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
-    may lie apart. query_starts: [seqs + 1] int32. max_query_len: the most queries of a sequence, if known.
-    workspace: of `attention_prefill_workspace`, made if not given; calls that run at once need one each.
-    The other arguments are those of `attention_decode`. Returns out, like q.
+    may lie apart. query_starts: [seqs + 1] int32. workspace: of `attention_prefill_workspace`; one is made where
+    none is given. anchored: in the one order of additions; False: in a faster one on Hopper, whose bits depend on
+    the sequence alone as well, but are not decode's. The other arguments are those of `attention_decode`. Returns
+    out, like q. Raises RuntimeError for arguments that do not fit each other.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if workspace is None:
-        workspace = attention_prefill_workspace(q.device)
+        workspace = attention_prefill_workspace(kv_pages, page_table.shape[1])
     ops.attention_prefill(
-        out, q, kv_pages, page_table, query_starts, kv_lens, max_query_len, scale, window, softcap,
-        alibi_slopes, sinks, k_scale, v_scale, workspace,
+        out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks,
+        workspace, k_scale, v_scale, anchored,
     )  # fmt: skip
     return out

@@ -24,7 +24,12 @@ from benchmarks.harness import (
     time_isolated,
     time_sustained,
 )
-from tgi_kernels.attention_cuda import attention_decode, attention_decode_workspace, attention_prefill
+from tgi_kernels.attention_cuda import (
+    attention_decode,
+    attention_decode_workspace,
+    attention_prefill,
+    attention_prefill_workspace,
+)
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 16
 SCALE = HEAD_DIM**-0.5
@@ -107,15 +112,17 @@ def decode(
 def prefill(
     report: Report, roofs: Roofs, pool: Pool, name: str, queries: int, keys: int, seqs: int = 1
 ) -> None:
-    """One row: TFLOP/s of a layer's causal attention, masked products not counted."""
+    """Two rows: TFLOP/s of a layer's causal attention, masked products not counted: the faster order, decode's."""
     q = torch.randn(seqs * queries, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     lens = torch.full((seqs,), keys, dtype=torch.int32, device="cuda")
     starts = torch.arange(seqs + 1, dtype=torch.int32, device="cuda") * queries
     table = pool.tables([keys] * seqs)[0]
-    out, workspace = torch.empty_like(q), torch.zeros(2, dtype=torch.int32, device="cuda")
+    out, workspace = torch.empty_like(q), attention_prefill_workspace(pool.kv, table.shape[1])
 
-    def ours() -> object:
-        return attention_prefill(q, pool.kv, table, starts, lens, SCALE, workspace=workspace, out=out)
+    def ours(anchored: bool) -> Launch:
+        return lambda: attention_prefill(
+            q, pool.kv, table, starts, lens, SCALE, workspace=workspace, anchored=anchored, out=out
+        )
 
     tflop = 4 * HEADS * HEAD_DIM * seqs * (queries * keys - queries * (queries - 1) / 2) / 1e12
     baselines: dict[str, float] = {}
@@ -126,24 +133,26 @@ def prefill(
         def dense() -> Tensor:
             return F.scaled_dot_product_attention(heads_first, k, v, is_causal=True)
 
-        ours()
-        check(name, out.unflatten(0, (seqs, queries)).transpose(1, 2), dense())
+        want = dense()
+        for anchored in (True, False):
+            ours(anchored)()
+            check(name, out.unflatten(0, (seqs, queries)).transpose(1, 2), want)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             with sdpa_kernel(backend):
                 label = backend.name.split("_")[0].lower()
                 baselines[f"{label} sdpa, dense"] = tflop / time_sustained(dense).median_s
-    rate = tflop / time_sustained(ours).median_s
-    baselines["us"] = tflop / rate * 1e6
-    report.add(
-        "attention_prefill",
-        name,
-        rate,
-        metric="rate",
-        unit="TFLOP/s",
-        better="higher",
-        roof=roofs.matmul / 1e12,
-        baselines=baselines,
-    )
+    for suffix, anchored in (("", False), (" anchored", True)):
+        seconds = time_sustained(ours(anchored)).median_s
+        report.add(
+            "attention_prefill",
+            name + suffix,
+            tflop / seconds,
+            metric="rate",
+            unit="TFLOP/s",
+            better="higher",
+            roof=roofs.matmul / 1e12,
+            baselines=baselines | {"us": seconds * 1e6},
+        )
 
 
 def check(name: str, got: Tensor, want: Tensor) -> None:
@@ -168,6 +177,7 @@ def bench(report: Report, roofs: Roofs) -> None:
     pool = Pool(torch.float8_e4m3fn)
     for seqs, keys in ((1, 1024), (64, 4096)):
         decode(report, roofs, pool, f"fp8 {SHAPE} {seqs}x{keys}", [keys] * seqs)
+    prefill(report, roofs, pool, f"fp8 {SHAPE} causal 1x8192", 8192, 8192)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "attention/tree.h"
+
 namespace tgi {
 
 enum class CacheType : int { bf16, f16, e4m3 };
@@ -22,13 +24,12 @@ struct PagedAttention {
   int64_t pages;
   int max_pages;
   int seqs, heads, kv_heads, head_dim;
-  int group;             // heads of a KV head
-  int window;            // tokens a query sees, itself included; 0: all
-  float gain;            // of products, see score_of
-  float cap;             // softcap·log2(e), or 0
-  float v_scale;         // of cached values
-  bool wide_page_table;  // its rows may be read 16 bytes at a time
-  bool q_is_bf16;        // type of q and out
+  int group;       // heads of a KV head
+  int window;      // tokens a query sees, itself included; 0: all
+  float gain;      // of products, see score_of
+  float cap;       // softcap·log2(e), or 0
+  float v_scale;   // of cached values
+  bool q_is_bf16;  // type of q and out
 };
 
 struct DecodeParams : PagedAttention {
@@ -41,8 +42,10 @@ struct DecodeParams : PagedAttention {
 
 struct PrefillParams : PagedAttention {
   const int* query_starts;  // [seqs + 1]
-  int* counters;            // [2], zero before and after, or nullptr
+  int* counters;            // [2], zero before and after
+  float* totals;            // prefill_total_floats an SM; for sequences of more keys than a chunk
   int64_t tokens;
+  bool anchored;  // in the order of tree.h; else a faster one where there is one
 };
 
 cudaError_t attention_decode(const DecodeParams& params, CacheType type, cudaStream_t stream);
@@ -54,11 +57,18 @@ cudaError_t attention_prefill_sm90(const PrefillParams& params, CacheType type, 
 
 // Rows (queries × heads of a group) that one work item of decode takes.
 int decode_rows(int rows, int head_dim);
-// Keys of the longest node that is stored, and the nodes there is room for even where that would make fewer.
-constexpr int decode_longest_node(int rows) { return rows > 16 ? 1024 : 4096; }
-constexpr int decode_short_nodes(int rows) { return 65536 / rows; }
-// Merges take 64 parts of a sequence at a time.
-constexpr int kDecodeMergeLevels = 3;
-constexpr int decode_padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+// Keys of the longest part that is stored: a chunk or, with 32 rows, a node.
+constexpr int decode_longest_part(int rows, int head_dim) {
+  return rows > 16 ? Tree<128>::kTile * Tree<128>::kNodeTiles : chunk_keys(head_dim);
+}
+// Parts there is room for, even where the longest alone would be fewer.
+constexpr int decode_short_parts(int rows) { return 65536 / rows; }
+// Parts of a chunk are merged to chunks, and these to results.
+constexpr int kDecodeMergeLevels = 2;
+// Rows that the CTAs of an SM have at once in prefill. Of each, its sums and its maximum and sum of weights
+// are what it keeps of chunks.
+constexpr int kPrefillRows = 128;
+constexpr int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+constexpr int prefill_total_floats(int head_dim) { return kPrefillRows * (padded_dim(head_dim) + 2); }
 
 }  // namespace tgi

@@ -9,44 +9,51 @@
 namespace tgi {
 namespace decode {
 
-// A node, as far as a warp has it: its share of the head dims of O^T; sums, as if they were one dim more; and
-// the maximum of query lane / 4 of each column tile. Values and sums are of queries 2t and 2t + 1.
+// A sum of tiles, as far as a warp has it: its share of the head dims of O^T, of queries 2t and 2t + 1, and
+// the maximum and the weights' sum of query lane / 4, of each column tile.
 template <int kDimTiles, int kColumns>
 struct Node {
   float values[kDimTiles][kColumns][4];
-  float sum[kColumns][2];
-  float maximum[kColumns];
+  float maximum[kColumns], sum[kColumns];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       maximum[n] = negative_infinity();
-      sum[n][0] = sum[n][1] = 0.f;
+      sum[n] = 0.f;
 #pragma unroll
       for (int m = 0; m < kDimTiles; ++m)
         values[m][n][0] = values[m][n][1] = values[m][n][2] = values[m][n][3] = 0.f;
     }
   }
 
-  // this ← this + right
-  __device__ __forceinline__ void merge(const Node& right) {
-    const int pair = threadIdx.x % 4 * 8;
+  // this ← this + a part of that maximum and sum; returns the factors of queries 2t and 2t + 1 for its
+  // values.
+  struct Factors {
+    MergeFactors of[2];
+  };
+  __device__ __forceinline__ Factors merge_sums(int n, float right_maximum, float right_sum) {
+    const int pair = threadIdx.x % 4 * 8;  // of the lanes that have those queries
+    const MergeFactors by = merge_maximum(maximum[n], right_maximum);
+    sum[n] = merge_value(sum[n], right_sum, by);
+    return {{{__shfl_sync(~0u, by.left, pair), __shfl_sync(~0u, by.right, pair)},
+             {__shfl_sync(~0u, by.left, pair + 4), __shfl_sync(~0u, by.right, pair + 4)}}};
+  }
+  __device__ __forceinline__ void merge_values(int m, int n, const float (&right)[4], const Factors& by) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[m][n][i] = merge_value(values[m][n][i], right[i], by.of[i % 2]);
+  }
+
+  // this ← left + this
+  __device__ __forceinline__ void follow(const Node& left) {
+    Node both = left;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const MergeFactors by = merge_maximum(maximum[n], right.maximum[n]);
-      // The factors of queries 2t and 2t + 1 are in lanes 8t and 8t + 4.
-      const MergeFactors even{__shfl_sync(~0u, by.left, pair), __shfl_sync(~0u, by.right, pair)};
-      const MergeFactors odd{__shfl_sync(~0u, by.left, pair + 4), __shfl_sync(~0u, by.right, pair + 4)};
-      sum[n][0] = merge_value(sum[n][0], right.sum[n][0], even);
-      sum[n][1] = merge_value(sum[n][1], right.sum[n][1], odd);
+      const Factors by = both.merge_sums(n, maximum[n], sum[n]);
 #pragma unroll
-      for (int m = 0; m < kDimTiles; ++m) {
-        values[m][n][0] = merge_value(values[m][n][0], right.values[m][n][0], even);
-        values[m][n][1] = merge_value(values[m][n][1], right.values[m][n][1], odd);
-        values[m][n][2] = merge_value(values[m][n][2], right.values[m][n][2], even);
-        values[m][n][3] = merge_value(values[m][n][3], right.values[m][n][3], odd);
-      }
+      for (int m = 0; m < kDimTiles; ++m) both.merge_values(m, n, values[m][n], by);
     }
+    *this = both;
   }
 };
 
@@ -67,7 +74,7 @@ struct Place {
   }
 };
 
-// A node as the result of its rows where it is all of its sequence, else as a part to merge.
+// A part as the result of its rows where it is all of its sequence, else as one to merge.
 template <typename KV, int kDim, int kColumns>
 __device__ __forceinline__ void store_node(const Node<kDim / 64, kColumns>& node, const DecodeParams& p,
                                            const Item& item, bool all, int slot) {
@@ -81,11 +88,12 @@ __device__ __forceinline__ void store_node(const Node<kDim / 64, kColumns>& node
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float maximum = __shfl_sync(~0u, node.maximum[n], 8 * t + 4 * i);
+      const float sum = __shfl_sync(~0u, node.sum[n], 8 * t + 4 * i);
       const int row = n * 8 + 2 * t + i;
       if (row >= rows) continue;
       if (all) {
         const Place place(p, item, item.block * kRows + row);
-        const float scale = place.scale(p, maximum, node.sum[n][i]);
+        const float scale = place.scale(p, maximum, sum);
 #pragma unroll
         for (int m = 0; m < kDim / 64; ++m) {
 #pragma unroll
@@ -99,7 +107,7 @@ __device__ __forceinline__ void store_node(const Node<kDim / 64, kColumns>& node
         }
       } else {
         const int64_t at = static_cast<int64_t>(slot) * kRows + row;
-        if (warp == 0 && g == 0) reinterpret_cast<float2*>(p.sums)[at] = make_float2(maximum, node.sum[n][i]);
+        if (warp == 0 && g == 0) reinterpret_cast<float2*>(p.sums)[at] = make_float2(maximum, sum);
 #pragma unroll
         for (int m = 0; m < kDim / 64; ++m) {
           p.values[at * kDim + dim + m * 16] = node.values[m][n][i];
@@ -135,43 +143,41 @@ __device__ __forceinline__ int add_acquire_release(int* counter, int value) {
   return before;
 }
 
-// Merges parts `from` to `to` of up to 64, those of one node three levels above theirs: part i is in
-// slot_of(i). The sum of all is the result, else a part again, in the place of the first.
+// Merges parts `from` to `to`, part i in slot_of(i): one after the other or, where they are tiles, by nodes.
+// The sum of all is the result, else a part of the level above, in the place of the first.
 template <int kDim, int kRows, int kAtOnce, typename F>
 __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Item& item, int level, int from,
-                                            int to, F&& slot_of, bool all) {
+                                            int to, F&& slot_of, bool tiles, bool all) {
   const int rows = min(kRows, p.queries * p.group - item.block * kRows);
+  const int node_mask = tiles ? Tree<kDim>::kNodeTiles - 1 : 0;
   const float2* sums =
       reinterpret_cast<const float2*>(p.sums) + static_cast<int64_t>(level) * p.slots * kRows;
 #pragma unroll 1
   for (int e = threadIdx.x; e < rows * (kDim / 4); e += kThreads) {
     const int row = e / (kDim / 4), dim = e % (kDim / 4) * 4;
     const Quad kEmpty{{}, {negative_infinity(), 0.f}};
-    Quad sixteen = kEmpty, total = kEmpty;
+    Quad node = kEmpty, total = kEmpty;
 #pragma unroll 1
-    for (int base = from & ~(kAtOnce - 1); base <= to; base += kAtOnce) {
+    for (int base = from; base <= to; base += kAtOnce) {
       Quad parts[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         parts[i] = kEmpty;
-        if (base + i >= from && base + i <= to) {
+        if (base + i <= to) {
           const int64_t at = static_cast<int64_t>(slot_of(base + i)) * kRows + row;
           parts[i] = {__ldcg(reinterpret_cast<const float4*>(p.values + at * kDim + dim)), __ldcg(sums + at)};
         }
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i += 4) {
-#pragma unroll
-        for (int j = 1; j < 4; ++j) parts[i].merge(parts[i + j]);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i += 4) sixteen.merge(parts[i]);
-      if ((base + kAtOnce) % 16 == 0) {
-        total.merge(sixteen);
-        sixteen = kEmpty;
+      for (int i = 0; i < kAtOnce; ++i) {
+        node.merge(parts[i]);
+        if ((~(base + i) & node_mask) == 0) {
+          total.merge(node);
+          node = kEmpty;
+        }
       }
     }
-    total.merge(sixteen);
+    total.merge(node);
 
     if (!all) {
       const int64_t at = static_cast<int64_t>(slot_of(from)) * kRows + row;
@@ -191,42 +197,46 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& p, const Item& i
   }
 }
 
-// An item's parts are stored. The last CTA of each 64 merges those, the last of 64 such merges merges these,
-// and so on.
+// Counts parts that are stored; true in all threads of the CTA that stored the last of `needed`.
+__device__ __forceinline__ bool all_stored(int* counter, int parts, int needed, int* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int after = add_acquire_release(counter, parts) + parts;
+    if (after == needed) *counter = 0;
+    *flag = after == needed;
+  }
+  __syncthreads();
+  return *flag;
+}
+
+// An item's parts, from tile `begin` on, are stored. The last CTA of each chunk merges its parts, and the
+// last of these the chunks.
 template <int kDim, int kRows, int kAtOnce>
 __device__ __forceinline__ void finish(const DecodeParams& p, const Item& item, int begin, int* flag) {
-  const int first = (item.first / kTile) >> item.shift, last = ((item.len - 1) / kTile) >> item.shift;
-  int node = begin >> item.shift, stop = ((item.end - 1) >> item.shift) + 1;  // not yet counted
-  __syncthreads();
+  constexpr int kTile = Tree<kDim>::kTile, kChunkShift = Tree<kDim>::kChunkShift;
+  const int first_tile = item.first / kTile, last_tile = (item.len - 1) / kTile;
+  const int first = first_tile >> item.shift, last = last_tile >> item.shift;
+  const int bits = kChunkShift - item.shift;  // log2 of a chunk's parts
+  const int first_chunk = first >> bits, chunks = (last >> bits) - first_chunk + 1;
+  const auto slot_of_chunk = [&](int chunk) { return item.head_slot + max(chunk << bits, first) - first; };
+  int part = begin >> item.shift;
+  const int stop = ((item.end - 1) >> item.shift) + 1;
+  int merged = bits > 0 ? 0 : stop - part;  // chunks
 #pragma unroll 1
-  while (node < stop) {
-    int counted = min(stop, ((node >> kMergeBits) + 1) << kMergeBits) - node;
-    int child = node;
-    node += counted;
-#pragma unroll 1
-    for (int level = 0, bits = 0;; ++level, bits += kMergeBits) {
-      const auto slot_of = [&](int part) { return item.head_slot + max(part << bits, first) - first; };
-      const int parent = child >> kMergeBits;
-      const int from = max(parent << kMergeBits, first >> bits),
-                to = min(((parent + 1) << kMergeBits) - 1, last >> bits);
-      if (threadIdx.x == 0) {
-        int* counter = p.counters + static_cast<int64_t>(level) * p.slots + slot_of(from);
-        const int after = add_acquire_release(counter, counted) + counted;
-        if (after > to - from) *counter = 0;
-        *flag = after > to - from;
-      }
-      __syncthreads();
-      const bool complete = *flag;
-      __syncthreads();
-      if (!complete) break;
-      const bool all = (first >> bits) == from && (last >> bits) == to;
-      merge_parts<kDim, kRows, kAtOnce>(p, item, level, from, to, slot_of, all);
-      if (all) break;
-      __syncthreads();
-      child = parent;
-      counted = 1;
-    }
+  while (bits > 0 && part < stop) {
+    const int chunk = part >> bits, from = max(chunk << bits, first),
+              to = min(((chunk + 1) << bits) - 1, last);
+    const int counted = min(stop, to + 1) - part;
+    part += counted;
+    const auto slot_of = [&](int i) { return item.head_slot + i - first; };
+    if (!all_stored(p.counters + slot_of(from), counted, to - from + 1, flag)) continue;
+    merge_parts<kDim, kRows, kAtOnce>(p, item, 0, from, to, slot_of, item.shift == 0, chunks == 1);
+    ++merged;
   }
+  if (chunks == 1 || merged == 0) return;
+  if (!all_stored(p.counters + p.slots + item.head_slot, merged, chunks, flag)) return;
+  merge_parts<kDim, kRows, kAtOnce>(p, item, bits > 0, first_chunk, first_chunk + chunks - 1, slot_of_chunk,
+                                    false, true);
 }
 
 }  // namespace decode

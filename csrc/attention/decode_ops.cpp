@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
       "int max_pages) -> int");
   m.def(
       "attention_prefill(Tensor(a!) out, Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, "
-      "Tensor kv_lens, int max_query_len, float scale, int window, float softcap, Tensor? alibi_slopes, "
-      "Tensor? sinks, float k_scale=1.0, float v_scale=1.0, Tensor(b!)? workspace=None) -> ()");
+      "Tensor kv_lens, float scale, int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor(b!) workspace, float k_scale=1.0, float v_scale=1.0, bool anchored=True) -> ()");
+  m.def("attention_prefill_workspace(int head_dim, int max_pages) -> int");
 }

@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "attention/cuda.h"
 #include "common/torch_cuda.h"
 
@@ -93,7 +95,6 @@ PagedAttention params_of(const Tensor& out, const Tensor& q, const Tensor& kv_pa
       .gain = cap > 0 ? 2 * kLog2OfE * products / cap : kLog2OfE * products,
       .cap = cap * kLog2OfE,
       .v_scale = static_cast<float>(v_scale),
-      .wide_page_table = is_aligned(page_table.const_data_ptr(), page_table.size(1) * 4),
       .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
   };
 }
@@ -121,14 +122,14 @@ Workspace workspace_for(int64_t seqs, int64_t heads, int64_t kv_heads, int64_t h
   const int64_t all_rows = queries * (heads / kv_heads);
   const int rows = decode_rows(static_cast<int>(all_rows), static_cast<int>(head_dim));
   const int64_t groups = seqs * kv_heads * ((all_rows + rows - 1) / rows);
-  // A window may begin and end within a node: one more.
-  const int64_t most = groups * (max_pages * 16 / decode_longest_node(rows) + 2);
-  const int64_t few = decode_short_nodes(rows), slots = most > few ? most : few;
+  // A window may begin and end within a part: one more.
+  const int64_t most = groups * (max_pages * 16 / decode_longest_part(rows, static_cast<int>(head_dim)) + 2);
+  const int64_t few = decode_short_parts(rows), slots = most > few ? most : few;
   return {
       .slots = slots,
       .counter_bytes = aligned(slots * kDecodeMergeLevels * 4),
       .sum_bytes = aligned(slots * kDecodeMergeLevels * rows * 8),
-      .value_bytes = aligned(slots * rows * decode_padded_dim(static_cast<int>(head_dim)) * 4),
+      .value_bytes = aligned(slots * rows * padded_dim(static_cast<int>(head_dim)) * 4),
   };
 }
 
@@ -164,24 +165,40 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
   check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
 }
 
+// Workspace of prefill, in 32-bit words: counters, and the totals of sequences that may be longer than a
+// chunk.
+constexpr int64_t kPrefillCounters = 32;
+
+int64_t attention_prefill_workspace(int64_t head_dim, int64_t max_pages) {
+  check(head_dim > 0 && head_dim <= 256, "no workspace for heads of ", head_dim);
+  if (max_pages * 16 <= chunk_keys(static_cast<int>(head_dim))) return kPrefillCounters;
+  int device = 0, sms = 0;
+  check_launch(cudaGetDevice(&device), "attention_prefill_workspace");
+  check_launch(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
+               "attention_prefill_workspace");
+  return kPrefillCounters + static_cast<int64_t>(sms) * prefill_total_floats(static_cast<int>(head_dim));
+}
+
 void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_pages,
                             const Tensor& page_table, const Tensor& query_starts, const Tensor& kv_lens,
-                            int64_t, double scale, int64_t window, double softcap,
+                            double scale, int64_t window, double softcap,
                             const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-                            double k_scale, double v_scale, const std::optional<Tensor>& workspace) {
+                            const Tensor& workspace, double k_scale, double v_scale, bool anchored) {
   const CacheType type = cache_type_of(kv_pages, q);
   PrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
                                  sinks, k_scale, v_scale)};
   check_shape(query_starts, {params.seqs + 1}, "query_starts");
   params.query_starts = read_ints(query_starts, "query_starts");
-  params.counters = nullptr;
-  if (workspace.has_value()) {
-    check_cuda(*workspace, ScalarType::Int, "workspace");
-    check(workspace->is_contiguous() && workspace->numel() >= 2, "workspace has ", workspace->numel(),
-          " int32; prefill needs 2");
-    params.counters = static_cast<int*>(workspace->mutable_data_ptr());
-  }
+  check_cuda(workspace, ScalarType::Int, "workspace");
+  const int64_t needed = attention_prefill_workspace(params.head_dim, params.max_pages);
+  check(workspace.is_contiguous() && is_aligned(workspace.const_data_ptr()),
+        "workspace needs to be contiguous and on 16 bytes");
+  check(workspace.numel() >= needed, "workspace has ", workspace.numel(), " int32; this call needs ", needed,
+        " (attention_prefill_workspace makes one)");
+  params.counters = static_cast<int*>(workspace.mutable_data_ptr());
+  params.totals = reinterpret_cast<float*>(params.counters + kPrefillCounters);
   params.tokens = q.size(0);
+  params.anchored = anchored;
 #if defined(TGI_HAVE_SM90)
   if (is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
     check_launch(attention_prefill_sm90(params, type, stream_of(q)), "attention_prefill");
@@ -191,12 +208,17 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
   check_launch(attention_prefill(params, type, stream_of(q)), "attention_prefill");
 }
 
+// The op of every device, which has no workspace to be given: it allocates one.
 void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
                     const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window,
                     double softcap, const std::optional<Tensor>& alibi_slopes,
                     const std::optional<Tensor>& sinks, const Tensor& out) {
-  attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, 0, scale, window, softcap,
-                         alibi_slopes, sinks, 1.0, 1.0, std::nullopt);
+  check_dims(q, 3, "q");
+  check_dims(page_table, 2, "page_table");
+  const Tensor workspace = torch::stable::new_zeros(
+      q, {attention_prefill_workspace(q.size(2), page_table.size(1))}, ScalarType::Int);
+  attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap,
+                         alibi_slopes, sinks, workspace, 1.0, 1.0, true);
 }
 
 }  // namespace
@@ -210,4 +232,5 @@ STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CompositeExplicitAutograd, m) {
   m.impl("attention_decode_workspace", TORCH_BOX(&tgi::attention_decode_workspace));
+  m.impl("attention_prefill_workspace", TORCH_BOX(&tgi::attention_prefill_workspace));
 }

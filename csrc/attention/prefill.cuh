@@ -1,171 +1,118 @@
 // Causal attention of many new tokens per sequence over a paged KV cache: whole prompts, chunks of them,
 // mixed batches.
 //
-// Dao 2023, FlashAttention-2, arXiv:2307.08691. A CTA takes kRows rows of one sequence and KV head:
-// consecutive queries, each with all heads of its group, so that keys are read once a group and short queries
-// waste fewer masked tiles. Tiles of 64 keys start at position 0 of the sequence and are summed in order,
-// rows apart from each other: how a prompt is cut into chunks or which other sequences run beside it changes
-// no bit.
+// Dao 2023, FlashAttention-2, arXiv:2307.08691; the order of additions is that of tree.h. A CTA takes blocks
+// of kRows rows of one sequence and KV head: consecutive queries, each with all heads of its group, so that
+// keys are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a
+// prompt is cut into chunks or which other sequences run beside it changes no bit.
+//
+// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A
+// tile's values are summed 32 head dims at a time.
 #pragma once
 
-#include "attention/cuda.h"
+#include "attention/prefill_common.cuh"
 #include "common/copy.cuh"
-#include "common/mma.cuh"
-#include "common/pdl.cuh"
-#include "common/softmax.cuh"
 
 namespace tgi {
 namespace prefill {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 64;  // keys
-constexpr int kPageRows = 16;
-constexpr int kTilePages = kTile / kPageRows;
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kRows = kWarps * 16;
+static_assert(kRows == kPrefillRows / 2);
+
+// In shared memory: the block under way, and the number of that after it.
+struct Next {
+  Block block;
+  bool found;
+  int number;
+};
 
 template <typename KV, int kDim>
-struct Shape {
-  static constexpr int kRowTiles = kDim == 256 ? 1 : 2;  // of 16 rows, of a warp
-  static constexpr int kRows = kWarps * kRowTiles * 16;
-  static constexpr int kRowBytes = kDim * sizeof(KV);                    // of a key
-  static constexpr int kHalfBytes = kTile * kRowBytes;                   // the keys or the values of a tile
-  static constexpr int kHalves = kDim == 256 ? 2 : kDim == 128 ? 3 : 4;  // in the ring
-  static constexpr int kQueryAt = kHalves * kHalfBytes;
+struct Shape : Tree<kDim> {
+  using Tree<kDim>::kTile;
+  static constexpr int kTilePages = kTile / kPageRows;
+  static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
+  static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
+  static constexpr int kValueAt = kHalfBytes;
+  static constexpr int kQueryAt = 2 * kHalfBytes;
   static constexpr int kPowerAt = kQueryAt + kRows * kDim * 2;  // e4m3: what each row of Q was divided by
-  static constexpr int kSharedBytes = kPowerAt + (sizeof(KV) == 1 ? kRows * 4 : 0);
+  static constexpr int kBlockAt = kPowerAt + kRows * 4;
+  static constexpr int kSharedBytes = kBlockAt + static_cast<int>(sizeof(Next));
+  static constexpr int kResident = kDim == 256 ? 1 : 2;
+  static constexpr int kAtOnce = 4;  // tiles of 8 head dims
 };
-
-// kRows rows of one sequence and KV head. Row r is of query r / group and head r % group of the group.
-struct Block {
-  int seq, kv_head;
-  int first_row, rows;  // of this block; rows of the sequence
-  int first_token;      // row of q where the sequence begins
-  int first_position;   // of the sequence's first query
-  int len;
-};
-
-// The blocks of a batch are numbered from the last sequence's last, which has the most keys to see, to the
-// first.
-template <int kRows>
-__device__ __forceinline__ bool find_block(Block& block, const PrefillParams& p, int number) {
-  const int group = p.group, lane = threadIdx.x % 32;
-  block.kv_head = number % p.kv_heads;
-  const int wanted = number / p.kv_heads;
-  int before = 0;
-  for (int base = 0; base < p.seqs; base += 32) {
-    const int seq = p.seqs - 1 - base - lane;
-    int first = 0, queries = 0;
-    if (seq >= 0) {
-      first = p.query_starts[seq];
-      queries = p.query_starts[seq + 1] - first;
-    }
-    const int mine = (queries * group + kRows - 1) / kRows;
-    int upto = mine;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(~0u, upto, step);
-      if (lane >= step) upto += left;
-    }
-    const unsigned found = __ballot_sync(~0u, before + upto > wanted);
-    if (found != 0) {
-      const int from = __ffs(found) - 1;
-      block.seq = __shfl_sync(~0u, seq, from);
-      block.first_token = __shfl_sync(~0u, first, from);
-      block.rows = __shfl_sync(~0u, queries, from) * group;
-      const int index = __shfl_sync(~0u, mine - 1 - (wanted - before - (upto - mine)), from);
-      block.first_row = index * kRows;
-      block.len = min(p.kv_lens[block.seq], p.max_pages * kPageRows);
-      block.first_position = block.len - block.rows / group;
-      return true;
-    }
-    before += __shfl_sync(~0u, upto, 31);
-  }
-  return false;
-}
 
 // ---- load ----
 
+// Brings a block's keys and values, tile by tile. Numbers of pages are read a tile before their use.
 template <typename KV, int kDim>
 struct Loader {
   using S = Shape<KV, kDim>;
   static constexpr int kChunks = S::kRowBytes / 16;
+  static constexpr int kStepRows = kThreads / kChunks;
 
-  const PrefillParams& p;
-  const Block& block;
-  uint32_t shared;
+  int seq, kv_head;
   int first, len;  // keys some row may see
   int tile, end;
-  int pages[kTilePages], next_pages[kTilePages];
+  int page;  // each lane has the number of one of the tile's
 
-  __device__ Loader(const PrefillParams& p, const Block& block, uint32_t shared, int first, int len)
-      : p(p),
-        block(block),
-        shared(shared),
-        first(first),
-        len(len),
-        tile(first / kTile - 1),
-        end((len + kTile - 1) / kTile) {
-    find_pages();
+  __device__ __forceinline__ void start(const PrefillParams& p, const Block& block, int first_key, int seen) {
+    seq = block.seq, kv_head = block.kv_head, first = first_key, len = seen;
+    tile = first / S::kTile, end = (len + S::kTile - 1) / S::kTile;
+    find_pages(p);
   }
 
-  __device__ __forceinline__ void find_pages() {
-    const int* row = p.page_table + static_cast<int64_t>(block.seq) * p.max_pages;
-#pragma unroll
-    for (int i = 0; i < kTilePages; ++i) {
-      const int page = (tile + 1) * kTilePages + i;
-      next_pages[i] = page * kPageRows < len && (page + 1) * kPageRows > first ? row[page] : 0;
-    }
+  __device__ __forceinline__ void find_pages(const PrefillParams& p) {
+    const int mine = tile * S::kTilePages + threadIdx.x % S::kTilePages;
+    const bool used = mine * kPageRows < len && (mine + 1) * kPageRows > first;
+    page = used ? p.page_table[static_cast<int64_t>(seq) * p.max_pages + mine] : 0;
   }
 
-  __device__ __forceinline__ void issue(bool values, int slot) {
-    if (!values) {
-      ++tile;
-#pragma unroll
-      for (int i = 0; i < kTilePages; ++i) pages[i] = next_pages[i];
-      find_pages();
+  __device__ __forceinline__ void issue(const PrefillParams& p, bool values, uint32_t to) {
+    if (tile < end) {
+      copy_half(p, values, to);
+      if (values) {
+        ++tile;
+        find_pages(p);
+      }
     }
-    if (tile < end) copy_half(values, shared + slot * S::kHalfBytes);
     commit_copies();
   }
 
   // Rows of no key are zeros: what an unused row of a page holds, NaN perhaps, is not read.
-  __device__ __forceinline__ void copy_half(bool values, uint32_t to) {
-    const int chunk = threadIdx.x % kChunks;
-    const int64_t page_head = static_cast<int64_t>(kPageRows) * p.head_dim;
-    const KV* base =
-        static_cast<const KV*>(p.kv_pages) + block.kv_head * page_head + chunk * (16 / sizeof(KV));
-    const bool in_row = chunk * static_cast<int>(16 / sizeof(KV)) < p.head_dim;
-    constexpr int kStepRows = kThreads / kChunks;
+  __device__ __forceinline__ void copy_half(const PrefillParams& p, bool values, uint32_t to) {
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const uint32_t row_bytes = p.head_dim * static_cast<uint32_t>(sizeof(KV));
+    const uint32_t half_page = p.kv_heads * kPageRows * row_bytes;
+    const char* base = static_cast<const char*>(p.kv_pages) + (values ? half_page : 0) +
+                       (kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
 #pragma unroll
-    for (int i = 0; i < kTile / kStepRows; ++i) {
-      const int row = threadIdx.x / kChunks + i * kStepRows;
-      int page = pages[i * kStepRows / kPageRows];
-      if constexpr (kStepRows > kPageRows) page = row / kPageRows % 2 ? pages[2 * i + 1] : pages[2 * i];
-      const int key = tile * kTile + row;
-      const int64_t at =
-          (static_cast<int64_t>(page) * 2 + values) * p.kv_heads * page_head + row % kPageRows * p.head_dim;
-      const bool valid = in_row && key >= first && key < len;
-      copy_async(to + swizzled<S::kRowBytes>(row, chunk),
-                 valid ? base + at : static_cast<const KV*>(p.kv_pages), valid);
-    }
-  }
-
-  __device__ __forceinline__ void copy_queries(uint32_t to) {
-    const int group = p.group;
-    const int chunk = threadIdx.x % (kDim / 8);
-#pragma unroll
-    for (int i = 0; i < S::kRows * kDim / 8 / kThreads; ++i) {
-      const int row = threadIdx.x / (kDim / 8) + i * (kThreads / (kDim / 8));
-      const int all_row = block.first_row + row;
-      const bool valid = all_row < block.rows && chunk * 8 < p.head_dim;
-      const int64_t token = block.first_token + all_row / group;
-      const uint16_t* from = static_cast<const uint16_t*>(p.q) + token * p.q_stride +
-                             (block.kv_head * group + all_row % group) * p.head_dim + chunk * 8;
-      copy_async(to + swizzled<kDim * 2>(row, chunk), valid ? from : static_cast<const uint16_t*>(p.q),
-                 valid);
+    for (int i = 0; i < S::kTile / kStepRows; ++i) {
+      const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
+      const int key = tile * S::kTile + row + i * kStepRows;
+      const char* from =
+          base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
+      const bool valid = chunk * 16 < row_bytes && key >= first && key < len;
+      copy_async(to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk),
+                 valid ? from : static_cast<const char*>(p.kv_pages), valid);
     }
   }
 };
+
+template <int kDim>
+__device__ __forceinline__ void copy_queries(const PrefillParams& p, const Block& block, uint32_t to) {
+  const int chunk = threadIdx.x % (kDim / 8);
+#pragma unroll 2
+  for (int row = threadIdx.x / (kDim / 8); row < kRows; row += kThreads / (kDim / 8)) {
+    const int all_row = block.first_row + row;
+    const bool valid = all_row < block.rows && chunk * 8 < p.head_dim;
+    const int64_t token = block.first_token + all_row / p.group;
+    const uint16_t* from = static_cast<const uint16_t*>(p.q) + token * p.q_stride +
+                           (block.kv_head * p.group + all_row % p.group) * p.head_dim + chunk * 8;
+    copy_async(to + swizzled<kDim * 2>(row, chunk), valid ? from : static_cast<const uint16_t*>(p.q), valid);
+  }
+}
 
 // Turns a row of Q in shared memory into fp16, divided by the power of two that brings its largest number to
 // [1, 2), its dims in the order in which a lane gets those of e4m3 keys; returns the power. One thread a row.
@@ -199,38 +146,27 @@ __device__ __forceinline__ float query_to_f16(char* shared, int row, bool from_b
   return __int_as_float(exponent << 23);
 }
 
-// ---- compute ----
+// ---- compute: a warp's 16 rows ----
 
 template <typename KV, int kDim>
-__device__ __forceinline__ void multiply_keys(float (&s)[Shape<KV, kDim>::kRowTiles][kTile / 8][4],
-                                              uint32_t queries, uint32_t keys) {
+__device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][4], uint32_t queries,
+                                              uint32_t keys) {
   using T = Operand<KV>;
-  constexpr int kRowTiles = Shape<KV, kDim>::kRowTiles, kRowBytes = kDim * sizeof(KV);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
-  }
+  constexpr int kRowBytes = kDim * sizeof(KV), kTile = Tree<kDim>::kTile;
+  const int lane = threadIdx.x % 32;
+  clear(s);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
-    uint32_t a[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      const int row = (warp * kRowTiles + m) * 16 + lane % 16;
-      load_matrices(a[m], queries + swizzled<kDim * 2>(row, 2 * k + lane / 16));
-    }
+    uint32_t a[4];
+    load_matrices(a, queries + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
     if constexpr (sizeof(KV) == 2) {
 #pragma unroll
       for (int pair = 0; pair < kTile / 16; ++pair) {
         uint32_t b[4];
         load_matrices(b,
                       keys + swizzled<kRowBytes>(pair * 16 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma<T>(s[m][2 * pair], a[m], b[0], b[1]);
-          mma<T>(s[m][2 * pair + 1], a[m], b[2], b[3]);
-        }
+        mma<T>(s[2 * pair], a, b[0], b[1]);
+        mma<T>(s[2 * pair + 1], a, b[2], b[3]);
       }
     } else {
 #pragma unroll
@@ -241,236 +177,296 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Shape<KV, kDim>::kRowTi
         for (int i = 0; i < 4; ++i) {
           uint32_t b0, b1;
           widen(raw[i], b0, b1);
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) mma<T>(s[m][4 * four + i], a[m], b0, b1);
+          mma<T>(s[4 * four + i], a, b0, b1);
         }
       }
     }
   }
 }
 
-// For e4m3, columns g of a pair of dim tiles are dims 2g and 2g + 1.
-template <typename KV, int kDim>
-__device__ __forceinline__ void multiply_values(float (&out)[Shape<KV, kDim>::kRowTiles][kDim / 8][4],
-                                                const float (&s)[Shape<KV, kDim>::kRowTiles][kTile / 8][4],
-                                                uint32_t values) {
-  using T = Operand<KV>;
-  constexpr int kRowTiles = Shape<KV, kDim>::kRowTiles, kRowBytes = kDim * sizeof(KV);
+// Hides what a row may not see and, where there are caps or distance biases, makes scores of products.
+template <int kTile>
+__device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const PrefillParams& p,
+                                           const Block& block, int base, const float (&gain)[2],
+                                           bool scored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int k = 0; k < kTile / 16; ++k) {
-    uint32_t a[kRowTiles][4];
+  for (int i = 0; i < 2; ++i) {
+    const int row = block.first_row + threadIdx.x / 32 * 16 + i * 8 + lane / 4;
+    const int first = base + lane % 4 * 2 - block.first_position - row / p.group;
+    const float slope =
+        p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      a[m][0] = pack<T>(s[m][2 * k][0], s[m][2 * k][1]);
-      a[m][1] = pack<T>(s[m][2 * k][2], s[m][2 * k][3]);
-      a[m][2] = pack<T>(s[m][2 * k + 1][0], s[m][2 * k + 1][1]);
-      a[m][3] = pack<T>(s[m][2 * k + 1][2], s[m][2 * k + 1][3]);
-    }
+    for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
-    for (int pair = 0; pair < kDim / 16; ++pair) {
-      uint32_t b[4];
-      if constexpr (sizeof(KV) == 2) {
-        load_matrices_transposed(b, values + swizzled<kRowBytes>(k * 16 + lane % 16, 2 * pair + lane / 16));
-      } else {
-        uint32_t raw[2];
-        load_matrices_transposed(raw, values + swizzled<kRowBytes>(k * 16 + lane % 16, pair));
-        widen(__byte_perm(raw[0], 0, 0x3120), b[0], b[2]);
-        widen(__byte_perm(raw[1], 0, 0x3120), b[1], b[3]);
-      }
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        mma<T>(out[m][2 * pair], a[m], b[0], b[1]);
-        mma<T>(out[m][2 * pair + 1], a[m], b[2], b[3]);
+      for (int j = 0; j < 2; ++j) {
+        const int distance = first + n * 8 + j;
+        float& score = s[n][2 * i + j];
+        if (scored) score = with_bias(score_of(score, gain[i], p.cap), slope, distance);
+        if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
       }
     }
+  }
+}
+
+// Scores become weights, relative to the tile's maximum; what they are merged by.
+template <typename T, int kTile>
+__device__ __forceinline__ Factors weigh(uint32_t (&weights)[kTile / 16][4], float (&s)[kTile / 8][4],
+                                         Rows& rows, const float (&gain)[2]) {
+  float top[2], sum[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    top[i] = s[0][2 * i];
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) top[i] = fmaxf(top[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
+    top[i] = __fmul_rn(fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)), gain[i]);
+    const float reference = finite_max(top[i]);
+    float even = 0.f, odd = 0.f;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) {
+      const float x = weight_of(s[n][2 * i], gain[i], reference);
+      const float y = weight_of(s[n][2 * i + 1], gain[i], reference);
+      even += x, odd += y;
+      weights[n / 2][n % 2 * 2 + i] = pack<T>(x, y);
+    }
+    sum[i] = sum_of_row(even, odd);
+  }
+  return merge_sums(rows, top, sum);
+}
+
+// Adds a tile's weighted values to its node's. For e4m3, columns g of a pair of dim tiles are dims 2g, 2g
+// + 1.
+template <typename KV, int kDim>
+__device__ __forceinline__ void add_tile(float (&node)[kDim / 8][4],
+                                         const uint32_t (&weights)[Tree<kDim>::kTile / 16][4],
+                                         const Factors& by, uint32_t values) {
+  using T = Operand<KV>;
+  constexpr int kRowBytes = kDim * sizeof(KV), kAtOnce = Shape<KV, kDim>::kAtOnce;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int first = 0; first < kDim / 8; first += kAtOnce) {
+    float part[kAtOnce][4] = {};
+#pragma unroll
+    for (int k = 0; k < Tree<kDim>::kTile / 16; ++k) {
+#pragma unroll
+      for (int pair = 0; pair < kAtOnce / 2; ++pair) {
+        const int chunk = first / 2 + pair, row = k * 16 + lane % 16;
+        uint32_t b[4];
+        if constexpr (sizeof(KV) == 2) {
+          load_matrices_transposed(b, values + swizzled<kRowBytes>(row, 2 * chunk + lane / 16));
+        } else {
+          uint32_t raw[2];
+          load_matrices_transposed(raw, values + swizzled<kRowBytes>(row, chunk));
+          widen(__byte_perm(raw[0], 0, 0x3120), b[0], b[2]);
+          widen(__byte_perm(raw[1], 0, 0x3120), b[1], b[3]);
+        }
+        mma<T>(part[2 * pair], weights[k], b[0], b[1]);
+        mma<T>(part[2 * pair + 1], weights[k], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) merge_values(node[first + i], part[i], by);
+  }
+}
+
+// A warp's rows go through their own rows of the queries, so that they leave as 16 bytes a lane.
+template <typename KV, int kDim>
+__device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Rows& rows,
+                                      const PrefillParams& p, const Block& block, char* queries) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * 16;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp_row + i * 8 + g;
+    const int head = block.kv_head * p.group + (block.first_row + row) % p.group;
+    const float sink = p.sinks ? p.sinks[head] * kLog2e : negative_infinity();
+    const float scale = normalizer(rows.maximum[i], rows.sum[i], sink) * p.v_scale;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      float low = out[n][2 * i] * scale, high = out[n][2 * i + 1] * scale;
+      int chunk = n, place = 4 * t;
+      if constexpr (sizeof(KV) == 1) {
+        // Of dims 4t to 4t + 3 of 16, the even tile holds the first and third, the odd one the others.
+        if (n % 2 == 0) {
+          high = out[n + 1][2 * i] * scale;
+        } else {
+          low = out[n - 1][2 * i + 1] * scale;
+        }
+        chunk = n / 2 * 2 + t / 2;
+        place = t % 2 * 8 + n % 2 * 4;
+      }
+      const uint32_t both = p.q_is_bf16 ? pack<__nv_bfloat16>(low, high) : pack<__half>(low, high);
+      *reinterpret_cast<uint32_t*>(queries + swizzled<kDim * 2>(row, chunk) + place) = both;
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = kDim / 8;
+#pragma unroll 2
+  for (int i = lane; i < 16 * kChunks; i += 32) {
+    const int row = warp_row + i / kChunks, chunk = i % kChunks, all_row = block.first_row + row;
+    if (all_row >= block.rows || chunk * 8 >= p.head_dim) continue;
+    const int64_t token = block.first_token + all_row / p.group;
+    const int head = block.kv_head * p.group + all_row % p.group;
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + token * p.out_stride + head * p.head_dim +
+                              chunk * 8) =
+        *reinterpret_cast<const uint4*>(queries + swizzled<kDim * 2>(row, chunk));
   }
 }
 
 // ---- kernel ----
 
-// Keys and values of a tile go through one ring as two halves. A tile has two barriers: after the first its
-// keys are there and the values of the tile before are done with; after the second its values are there and
-// its keys done with.
-template <typename KV, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 256 ? 1 : 2)
-    kernel(const __grid_constant__ PrefillParams p) {
-  using S = Shape<KV, kDim>;
-  constexpr int kRowTiles = S::kRowTiles;
-  extern __shared__ __align__(128) char shared[];
-  const uint32_t ring = shared_address(shared), query_tile = ring + S::kQueryAt;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int group = p.group;
+// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond
+// them in global memory.
+template <int kDim>
+struct Sums {
+  float chunk[kDim == 256 ? 1 : kDim / 8][4];
+  Rows rows;
+  bool total_used;
 
-  let_next_start();
-  wait_for_previous();
-  Block block;
-  if (!find_block<S::kRows>(block, p, blockIdx.x)) return;
-  const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
-  const int first_query = block.first_position + block.first_row / group;
-  const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
-  const int seen = max(0, block.first_position + last_row / group + 1);  // keys that the last row sees
-  const int end = (seen + kTile - 1) / kTile;
-
-  Loader<KV, kDim> loader(p, block, ring, first_key, seen);
-  loader.copy_queries(query_tile);
-#pragma unroll
-  for (int half = 0; half < S::kHalves - 1; ++half) loader.issue(half % 2, half);
-
-  // Rows g and g + 8 of each row tile: [m][i].
-  float maximum[kRowTiles][2], sum[kRowTiles][2];
-  float power[kRowTiles][2];  // e4m3: what rows of Q were divided by
-  float out[kRowTiles][kDim / 8][4] = {};
-  const auto gain_of = [&](int m, int i) { return sizeof(KV) == 1 ? p.gain * power[m][i] : p.gain; };
-  const auto row_of = [&](int m, int i) { return (warp * kRowTiles + m) * 16 + i * 8 + g; };
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) maximum[m][i] = negative_infinity(), sum[m][i] = 0.f;
+  __device__ __forceinline__ void start() {
+    clear(chunk);
+    rows.clear();
+    total_used = false;
   }
-  if constexpr (sizeof(KV) == 1) {
-    wait_copies<S::kHalves - 2>();
-    __syncthreads();
-    float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
-    if (threadIdx.x < S::kRows)
-      powers[threadIdx.x] = query_to_f16<kDim>(shared + S::kQueryAt, threadIdx.x, p.q_is_bf16);
-    __syncthreads();
+
+  // The node that ends before `tile` goes up.
+  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p,
+                                      int tile) {
+    if constexpr (kDim < 256) {
+      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) power[m][i] = powers[row_of(m, i)];
+      for (int i = 0; i < kDim / 8; ++i) merge_values(chunk[i], node[i], by);
+      clear(node);
+      of_node.clear();
+    }
+    if (tile % Tree<kDim>::kChunkTiles != 0) return;
+    const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
+    if constexpr (kDim < 256) {
+      to_total(chunk, rows, total);
+    } else {
+      to_total(node, of_node, total);
     }
   }
 
-  int key_slot = 0;
-  for (int tile = first_key / kTile; tile < end; ++tile) {
-    const int value_slot = key_slot + 1 == S::kHalves ? 0 : key_slot + 1;
-    const int free_slot = key_slot == 0 ? S::kHalves - 1 : key_slot - 1;
-    wait_copies<S::kHalves - 2>();
-    __syncthreads();
-    loader.issue(S::kHalves % 2 == 0, free_slot);
+  template <int kCount>
+  __device__ __forceinline__ void to_total(float (&acc)[kCount][4], Rows& of_acc, Place total) {
+    if (total_used) take(acc, of_acc, total);
+    total_used = true;
+    put(acc, of_acc, total);
+    clear(acc);
+    of_acc.clear();
+  }
 
-    float s[kRowTiles][kTile / 8][4];
-    multiply_keys<KV, kDim>(s, query_tile, ring + key_slot * S::kHalfBytes);
+  // node ← total + chunk + node
+  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p) {
+    if constexpr (kDim < 256) {
+      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        merge_values(chunk[i], node[i], by);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) node[i][j] = chunk[i][j];
+      }
+      of_node = rows;
+    }
+    if (total_used) take(node, of_node, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
+  }
+};
+
+// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
+// its values while the next scores are made.
+template <typename KV, int kDim>
+__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared) {
+  using S = Shape<KV, kDim>;
+  constexpr int kTile = S::kTile;
+  const uint32_t keys = shared_address(shared), values = keys + S::kValueAt, queries = keys + S::kQueryAt;
+  const int last_row = min(block.first_row + kRows, block.rows) - 1;
+  const int first_query = block.first_position + block.first_row / p.group;
+  const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
+  const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
+  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
+
+  Loader<KV, kDim> loader;
+  loader.start(p, block, first_key, seen);
+  copy_queries<kDim>(p, block, queries);
+  loader.issue(p, false, keys);
+  loader.issue(p, true, values);
+  float score_gain[2] = {p.gain, p.gain};
+  if constexpr (sizeof(KV) == 1) {
+    wait_copies<1>();
+    __syncthreads();
+    float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
+    if (threadIdx.x < kRows)
+      powers[threadIdx.x] = query_to_f16<kDim>(shared + S::kQueryAt, threadIdx.x, p.q_is_bf16);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
+  }
+
+  Rows rows;
+  rows.clear();
+  Sums<kDim> sums;
+  sums.start();
+  float node[kDim / 8][4] = {};
+#pragma unroll 1
+  for (int tile = first_key / kTile; tile * kTile < seen; ++tile) {
+    wait_copies<1>();
+    __syncthreads();
+    float s[kTile / 8][4];
+    multiply_keys<KV, kDim>(s, queries, keys);
+    __syncthreads();
+    loader.issue(p, false, keys);
+    if (tile > first_key / kTile && tile % S::kNodeTiles == 0) sums.add(node, rows, p, tile);
 
     // Which of a tile's keys a row sees changes none of the arithmetic on the others: how rows share a block
     // leaves no trace.
     const int base = tile * kTile;
     const bool all_seen = base + kTile <= first_query + 1 && (p.window <= 0 || base >= seen - p.window);
-    const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
-    if (scored || !all_seen) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int all_row = block.first_row + row_of(m, i);
-          const int query = block.first_position + all_row / group;
-          const float slope =
-              p.alibi_slopes ? p.alibi_slopes[block.kv_head * group + all_row % group] * kLog2e : 0.f;
-#pragma unroll
-          for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int distance = base + n * 8 + 2 * t + j - query;
-              float& score = s[m][n][2 * i + j];
-              if (scored) score = score_of(score, gain_of(m, i), p.cap) + slope * distance;
-              if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
-            }
-          }
-        }
-      }
-    }
-
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      float rescale[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float top = s[m][0][2 * i];
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float by = scored ? 1.f : gain_of(m, i);
-        const float both = fmaxf(maximum[m][i], top * by);
-        const float reference = finite_max(both);
-        rescale[i] = exp2_fast(maximum[m][i] - reference);
-        maximum[m][i] = both;
-        float partial = 0.f;
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            s[m][n][2 * i + j] = exp2_fast(__fmaf_rn(s[m][n][2 * i + j], by, -reference));
-            partial += s[m][n][2 * i + j];
-          }
-        }
-        sum[m][i] = __fmaf_rn(sum[m][i], rescale[i], partial);
-      }
-      // Later tiles seldom raise a maximum; a product by 1 left out changes nothing.
-      if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-          out[m][n][0] *= rescale[0], out[m][n][1] *= rescale[0];
-          out[m][n][2] *= rescale[1], out[m][n][3] *= rescale[1];
-        }
-      }
-    }
-
-    wait_copies<S::kHalves - 2>();
+    if (scored || !all_seen) score_tile<kTile>(s, p, block, base, score_gain, scored);
+    const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
+    uint32_t weights[kTile / 16][4];
+    const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
+    wait_copies<1>();
     __syncthreads();
-    loader.issue(S::kHalves % 2 == 1, key_slot);
-    multiply_values<KV, kDim>(out, s, ring + value_slot * S::kHalfBytes);
-    key_slot = value_slot + 1 == S::kHalves ? 0 : value_slot + 1;
+    add_tile<KV, kDim>(node, weights, by, values);
+    __syncthreads();
+    loader.issue(p, true, values);
   }
   wait_copies<0>();
+  sums.finish(node, rows, p);
+  store<KV, kDim>(node, rows, p, block, shared + S::kQueryAt);
+}
 
-  Block place;  // found again: registers are short above
-  find_block<S::kRows>(place, p, blockIdx.x);
-  // ---- store: a warp's rows go through its own rows of the query tile, so that they leave as 16 bytes a
-  // lane ----
-  __syncwarp();
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float total = sum[m][i] + __shfl_xor_sync(~0u, sum[m][i], 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      const int head = place.kv_head * group + (place.first_row + row_of(m, i)) % group;
-      const float sink = p.sinks ? p.sinks[head] * kLog2e : negative_infinity();
-      const float scale = normalizer(maximum[m][i], total, sink) * p.v_scale;
-      char* row = shared + S::kQueryAt;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        float low = out[m][n][2 * i] * scale, high = out[m][n][2 * i + 1] * scale;
-        int chunk = n, place = 4 * t;
-        if constexpr (sizeof(KV) == 1) {
-          // Of dims 4t to 4t + 3 of 16, the even tile holds the first and third, the odd one the others.
-          if (n % 2 == 0) {
-            high = out[m][n + 1][2 * i] * scale;
-          } else {
-            low = out[m][n - 1][2 * i + 1] * scale;
-          }
-          chunk = n / 2 * 2 + t / 2;
-          place = t % 2 * 8 + n % 2 * 4;
+template <typename KV, int kDim>
+__global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
+    kernel(const __grid_constant__ PrefillParams p) {
+  using S = Shape<KV, kDim>;
+  extern __shared__ __align__(128) char shared[];
+  Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
+  let_next_start();
+  wait_for_previous();
+  if (threadIdx.x == 0) next.number = blockIdx.x;
+#pragma unroll 1
+  while (true) {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      Block block;
+      const bool found = find_block(block, p, next.number, kRows);
+      __syncwarp();
+      if (threadIdx.x == 0) {
+        next.block = block;
+        next.found = found;
+        if (found) {
+          next.number = next_number(p);
+        } else {
+          leave(p);
         }
-        const uint32_t both = p.q_is_bf16 ? pack<__nv_bfloat16>(low, high) : pack<__half>(low, high);
-        *reinterpret_cast<uint32_t*>(row + swizzled<kDim * 2>(row_of(m, i), chunk) + place) = both;
       }
     }
-  }
-  __syncwarp();
-  constexpr int kChunks = kDim / 8;
-  for (int i = lane; i < kRowTiles * 16 * kChunks; i += 32) {
-    const int row = warp * kRowTiles * 16 + i / kChunks, chunk = i % kChunks;
-    const int all_row = place.first_row + row;
-    if (all_row >= place.rows || chunk * 8 >= p.head_dim) continue;
-    const int64_t token = place.first_token + all_row / group;
-    const int head = place.kv_head * group + all_row % group;
-    const uint4 words =
-        *reinterpret_cast<const uint4*>(shared + S::kQueryAt + swizzled<kDim * 2>(row, chunk));
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + token * p.out_stride + head * p.head_dim +
-                              chunk * 8) = words;
+    __syncthreads();
+    if (!next.found) return;
+    attend_block<KV, kDim>(p, next.block, shared);
   }
 }
 
@@ -482,10 +478,18 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (const cudaError_t error = cudaFuncSetAttribute(
           kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
     return error;
+  int device = 0, sms = 0, sm_bytes = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
+    return error;
+  const int room = sm_bytes / (S::kSharedBytes + 1024), resident = room < S::kResident ? room : S::kResident;
   // Every sequence may end in a block that is not full.
-  const int64_t blocks = p.tokens * p.group / S::kRows + p.seqs;
-  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(blocks * p.kv_heads)), kThreads, S::kSharedBytes,
-                stream, p);
+  const int64_t blocks = (p.tokens * p.group / kRows + p.seqs) * p.kv_heads, most = sms * resident;
+  const int64_t grid = blocks < most ? blocks : most;
+  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, p);
 }
 
 template <typename KV>

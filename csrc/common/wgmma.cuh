@@ -62,12 +62,14 @@ __device__ __forceinline__ void products_hold(float (&d)[kCount]) {
                : __VA_ARGS__                                                                              \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
-// d += a · b, a in registers, b in shared memory, read across its rows.
-#define TGI_PRODUCT_REGISTERS(TYPE, N, NAMES, A0, A1, A2, A3, B, ...)                                        \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {%" A0 ", %" A1 \
-               ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 1;"                                                    \
+// The same, a in registers, b in shared memory, read across its rows.
+#define TGI_PRODUCT_REGISTERS(TYPE, N, NAMES, A0, A1, A2, A3, B, ADD, ...)                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                                      \
+               ", 0;\n"                                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {%" A0 ", %" A1 \
+               ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1;\n}"                                                 \
                : __VA_ARGS__                                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
 template <typename T>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[64], uint64_t a, uint64_t b, bool add) {
@@ -79,22 +81,24 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[64], uint64_t a, uint64
 }
 
 template <typename T>
-__device__ __forceinline__ void warpgroup_mma_across(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void warpgroup_mma_across(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                                     bool add) {
   if constexpr (__is_same(T, __half)) {
-    TGI_PRODUCT_REGISTERS("f16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", TGI_D32(d, 0),
+    TGI_PRODUCT_REGISTERS("f16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", "69", TGI_D32(d, 0),
                           TGI_D32(d, 32));
   } else {
-    TGI_PRODUCT_REGISTERS("bf16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", TGI_D32(d, 0),
+    TGI_PRODUCT_REGISTERS("bf16", "128", TGI_NAMES64, "64", "65", "66", "67", "68", "69", TGI_D32(d, 0),
                           TGI_D32(d, 32));
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void warpgroup_mma_across(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void warpgroup_mma_across(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                                     bool add) {
   if constexpr (__is_same(T, __half)) {
-    TGI_PRODUCT_REGISTERS("f16", "64", TGI_NAMES32, "32", "33", "34", "35", "36", TGI_D32(d, 0));
+    TGI_PRODUCT_REGISTERS("f16", "64", TGI_NAMES32, "32", "33", "34", "35", "36", "37", TGI_D32(d, 0));
   } else {
-    TGI_PRODUCT_REGISTERS("bf16", "64", TGI_NAMES32, "32", "33", "34", "35", "36", TGI_D32(d, 0));
+    TGI_PRODUCT_REGISTERS("bf16", "64", TGI_NAMES32, "32", "33", "34", "35", "36", "37", TGI_D32(d, 0));
   }
 }
 

@@ -42,7 +42,7 @@ class GpuRunner:
             torch.zeros((rows, max_pages), dtype=torch.int32, device=device),
             torch.zeros(rows, dtype=torch.int64, device=device),
             attention_decode_workspace(rows, kv[0], model.num_heads, max_pages),
-            attention_prefill_workspace(device),
+            attention_prefill_workspace(kv[0], max_pages),
         )
         self._builder = BatchBuilder(rows, max_pages)
         self._graphs = capture_all(model, self._state, self._buffers, rows)

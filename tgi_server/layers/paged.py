@@ -59,7 +59,6 @@ class Prompts:
             self.query_starts,
             self.kv_lens,
             scale,
-            max_query_len=self.max_query_len,
             workspace=self.workspace,
             window=window,
             out=out,
