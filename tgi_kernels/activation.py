@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from tgi_kernels._check import check_alike, check_contiguous, check_shape
 from tgi_kernels._library import ops, register_fakes
 
 register_fakes("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+
+Gate = Literal["silu", "gelu", "gelu_tanh"]
 
 
 def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -44,6 +44,31 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// ---- clusters: CTAs that run together and reach each other's shared memory ----
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all CTAs of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Arrives at the barrier that another CTA of the cluster, or this one, has at the same address.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // ---- bulk tensor copy ----
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
@@ -74,6 +99,43 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(chunk), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// The same into every CTA of the cluster whose bit is set, each at this address and telling its own barrier.
+__device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const CUtensorMap* map, int column,
+                                            int row, int chunk, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(chunk), "r"(barrier), "h"(ranks)
+      : "memory");
+}
+
+// ---- bulk copy to global memory ----
+
+// What this thread wrote to shared memory is there for the copy engine.
+__device__ __forceinline__ void show_copy_engine() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Whole 16 bytes, at 16-byte addresses.
+__device__ __forceinline__ void copy_out(void* to, uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies_out() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's copies out have read shared memory, so that it may be written again.
+__device__ __forceinline__ void wait_copies_out_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until this thread's copies out are done.
+__device__ __forceinline__ void wait_copies_out() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 }  // namespace tgi

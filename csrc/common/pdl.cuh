@@ -23,26 +23,35 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Launches with the programmatic edge to the kernel before it. The attribute is unknown before sm_90, where
-// the edge would be an ordinary one.
+// Launches clusters of `cluster` neighbours along x, with the programmatic edge to the kernel before. Both
+// attributes are unknown before sm_90, where the edge would be an ordinary one and clusters are of one CTA.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                   Args&&... args) {
+cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, int cluster, int threads, int shared_bytes,
+                            cudaStream_t stream, Args&&... args) {
   int device = 0, major = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
     return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// The same for CTAs that know nothing of each other.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   Args&&... args) {
+  return launch_clusters(kernel, grid, 1, threads, shared_bytes, stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace tgi

@@ -1,6 +1,6 @@
-// x · weightᵀ + bias. Every output is one chain of fma along in_features, whatever the number of tokens and
-// threads, so a token's bits depend on that token alone. Blocking as in Goto and van de Geijn 2008,
-// doi:10.1145/1356052.1356053.
+// residual + (x · weightᵀ + bias). Every output is one chain of fma along in_features, whatever the number of
+// tokens and threads, so a token's bits depend on that token alone. Blocking as in Goto and van de Geijn
+// 2008, doi:10.1145/1356052.1356053.
 #pragma once
 
 #include "common/parallel.h"
@@ -101,9 +101,11 @@ TGI_INLINE void finish_rows(const LinearParams& p, int64_t panel, int64_t token,
   const int64_t column = panel * kPanel;
   const int64_t columns = kPanel < p.out_features - column ? kPanel : p.out_features - column;
   for (int64_t row = 0; row < rows; ++row) {
-    float* out = p.out + (token + row) * p.out_features + column;
+    const int64_t first = (token + row) * p.out_features + column;
     for (int64_t i = 0; i < columns; ++i) {
-      out[i] = p.bias == nullptr ? sums[row * kPanel + i] : sums[row * kPanel + i] + p.bias[column + i];
+      float y = sums[row * kPanel + i];
+      if (p.bias != nullptr) y += p.bias[column + i];
+      p.out[first + i] = p.residual == nullptr ? y : p.residual[first + i] + y;
     }
   }
 }

@@ -19,11 +19,12 @@ struct PackLinearParams {
 };
 
 struct LinearParams {
-  const float* x;      // [tokens, in_features], rows x_stride apart
-  const void* packed;  // [panels, in_features, 32], bfloat16 or float
-  const float* bias;   // [out_features] or nullptr
-  float* out;          // [tokens, out_features]
-  float* tiles;        // scratch of kRowBlock · in_features floats
+  const float* x;         // [tokens, in_features], rows x_stride apart
+  const void* packed;     // [panels, in_features, 32], bfloat16 or float
+  const float* bias;      // [out_features] or nullptr
+  const float* residual;  // [tokens, out_features] or nullptr; may be out
+  float* out;             // [tokens, out_features]
+  float* tiles;           // scratch of kRowBlock · in_features floats
   int64_t x_stride, tokens, in_features, out_features;
   bool is_bfloat16;
 };

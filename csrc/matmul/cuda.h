@@ -13,7 +13,7 @@ namespace tgi {
 // y = x · weightᵀ + bias, then either residual + y or act(gate) · up over the halves of y, each step rounded
 // to the tensors' dtype as the separate ops would. f16 and bf16; strides are in elements, inner dimensions
 // are contiguous.
-struct SkinnyMatmulParams {
+struct MatmulParams {
   void* out;             // [tokens, out_features], or [tokens, out_features / 2] when gated
   const void* x;         // [tokens, in_features]
   const void* weight;    // [out_features, in_features]; gated: gate rows, then up rows
@@ -25,8 +25,9 @@ struct SkinnyMatmulParams {
   Activation activation;  // of the gate
 };
 
-// Hopper only. Needs 16-byte aligned x and weight whose strides are multiples of 16 bytes; in_features may be
-// any number.
-cudaError_t skinny_matmul(const SkinnyMatmulParams& params, DType dtype, cudaStream_t stream);
+// Hopper only, and of one result, bit for bit: the first for few tokens, the second for many. Both need
+// 16-byte aligned x and weight whose strides are multiples of 16 bytes; in_features may be any number.
+cudaError_t skinny_matmul(const MatmulParams& params, DType dtype, cudaStream_t stream);
+cudaError_t gemm_matmul(const MatmulParams& params, DType dtype, cudaStream_t stream);
 
 }  // namespace tgi

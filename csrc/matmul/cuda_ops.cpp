@@ -3,6 +3,9 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
+      "matmul_gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) "
+      "-> ()");
+  m.def(
       "matmul_skinny(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) "
       "-> ()");
 }

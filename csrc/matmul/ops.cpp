@@ -28,7 +28,8 @@ void pack_linear_cpu(const Tensor& weight, const Tensor& packed) {
                                .is_bfloat16 = narrow});
 }
 
-void linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const Tensor& out) {
+void linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual, const Tensor& out) {
   check_dims(x, 2, "x");
   check_dims(out, 2, "out");
   const int64_t tokens = x.size(0), in_features = x.size(1), out_features = out.size(1);
@@ -37,12 +38,14 @@ void linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   check_shape(out, {tokens, out_features}, "out");
   check_shape(packed, {(out_features + kPanel - 1) / kPanel, in_features, kPanel}, "packed");
   if (bias.has_value()) check_shape(*bias, {out_features}, "bias");
+  if (residual.has_value()) check_shape(*residual, {tokens, out_features}, "residual");
   const int64_t scratch = tokens > 1 ? std::min(tokens, kRowBlock) * in_features : 0;
   const auto tiles = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(scratch));
   linear(LinearParams{
       .x = static_cast<const float*>(x.const_data_ptr()),
       .packed = packed.const_data_ptr(),
       .bias = read_optional<float>(bias, "bias"),
+      .residual = read_optional<float>(residual, "residual"),
       .out = write<float>(out, "out"),
       .tiles = tiles.get(),
       .x_stride = x.stride(0),
@@ -58,7 +61,7 @@ void linear_cpu(const Tensor& x, const Tensor& packed, const std::optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def("pack_linear(Tensor weight, Tensor(a!) packed) -> ()");
-  m.def("linear(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CPU, m) {

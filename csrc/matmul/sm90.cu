@@ -5,7 +5,7 @@
 // docs/kernels/skinny_matmul.md.
 //
 //   producer warp:  | weights 0 … s-1 | wait for the previous kernel | x 0 … s-1 | both s, s+1, … as slots
-//   free | each consumer:  | wait slot → ldmatrix one half chunk ahead → mma of its 16 or 32 rows | … |
+//   free | each consumer:  | wait slot → ldmatrix one half chunk ahead → mma of its 16 rows | … |
 //   epilogue |
 #include "activation/gated.cuh"
 #include "common/dispatch.cuh"
@@ -20,17 +20,15 @@ namespace {
 // ---- device ----
 
 constexpr int kMaxThreads = 288;  // eight consumer warps and the producer
-constexpr int kBlockTokens = 64;  // tokens that one CTA handles
+constexpr int kBlockTokens = 16;  // tokens that one CTA handles
 constexpr int kChunk = 64;        // elements of K in one swizzled row of 128 bytes
 constexpr int kRowBytes = 128;
 constexpr int kMaxStages = 32;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps what follows on the swizzle's 1024 bytes
 
-// How one launch cuts its work. A tile is `rows` weight rows; row_warps × token_warps consumer warps share
-// it.
+// How one launch cuts its work. A tile is `rows` weight rows, 16 for each consumer warp.
 struct Tiling {
   int rows, tiles;
-  int row_warps, token_warps;
   int x_rows;                   // tokens in a chunk, zeros past the last
   int chunks;                   // of K in a stage
   int steps;                    // stages that cover K
@@ -66,7 +64,7 @@ struct Cursor {
 
 // One thread fills the ring, stage by stage: two or three copies each, whatever the tile.
 __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUtensorMap* x_map,
-                                        const SkinnyMatmulParams& p, const Tiling& t, const Ring& ring,
+                                        const MatmulParams& p, const Tiling& t, const Ring& ring,
                                         int own_tiles) {
   const uint64_t policy = evict_first();
   const int slot_weights = t.chunks * ring.weight_bytes, slot_x = t.chunks * ring.x_bytes;
@@ -112,24 +110,21 @@ __device__ __forceinline__ void produce(const CUtensorMap* weight_map, const CUt
 }
 
 // What a lane adds to its products, and where they go. Accumulator 2h + e belongs to weight row 8h + lane / 4
-// of a strip and to token 2 (lane % 4) + e of a group.
-template <typename T, int kStrips, int kGroups>
+// of the warp's 16 and to token 2 (lane % 4) + e of a group.
+template <typename T, int kGroups>
 struct Epilogue {
-  const SkinnyMatmulParams& p;
+  const MatmulParams& p;
   const Tiling& t;
-  int first_strip, first_group, lane;
-  float bias[kStrips][2], before[kStrips][kGroups][4];
-  static constexpr bool kEarly =
-      kStrips * kGroups <= 4;  // wider warps have no registers left for the residual
+  int warp, lane;
+  float bias[2], before[kGroups][4];
 
-  __device__ __forceinline__ int feature(int tile, int strip, int h) const {
-    const int row = first_strip + strip;
-    if (!p.is_gated) return tile * t.rows + row * 16 + h * 8 + lane / 4;
-    return h * (p.out_features / 2) + tile * (t.rows / 2) + row * 8 + lane / 4;
+  __device__ __forceinline__ int feature(int tile, int h) const {
+    if (!p.is_gated) return tile * t.rows + warp * 16 + h * 8 + lane / 4;
+    return h * (p.out_features / 2) + tile * (t.rows / 2) + warp * 8 + lane / 4;
   }
 
   __device__ __forceinline__ int token(int group, int e) const {
-    return static_cast<int>(blockIdx.y) * kBlockTokens + (first_group + group) * 8 + lane % 4 * 2 + e;
+    return static_cast<int>(blockIdx.y) * kBlockTokens + group * 8 + lane % 4 * 2 + e;
   }
 
   __device__ __forceinline__ float residual(int to_token, int to_feature) const {
@@ -140,61 +135,52 @@ struct Epilogue {
   // Called long before finish(): the loads must not wait at the end, when nothing else is left to do.
   __device__ __forceinline__ void fetch(int tile) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
+    for (int h = 0; h < 2; ++h) {
+      const int at = feature(tile, h);
+      bias[h] = p.bias && at < p.out_features ? to_float(static_cast<const T*>(p.bias)[at]) : 0.0f;
+      if (p.residual == nullptr) continue;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int at = feature(tile, s, h);
-        bias[s][h] = p.bias && at < p.out_features ? to_float(static_cast<const T*>(p.bias)[at]) : 0.0f;
-        if (kEarly && p.residual != nullptr) {
+      for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) before[s][g][2 * h + e] = residual(token(g, e), at);
-          }
-        }
+        for (int e = 0; e < 2; ++e) before[g][2 * h + e] = residual(token(g, e), at);
       }
     }
   }
 
-  __device__ __forceinline__ void finish(int tile, const float (&d)[kStrips][kGroups][4]) const {
+  __device__ __forceinline__ void finish(int tile, const float (&d)[kGroups][4]) const {
     const int features = p.is_gated ? p.out_features / 2 : p.out_features;
     const auto put = [&](int to_token, int to_feature, float y) {
       if (to_token >= p.tokens || to_feature >= features) return;
       static_cast<T*>(p.out)[to_token * p.out_stride + to_feature] = from_float<T>(y);
     };
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
+      for (int e = 0; e < 2; ++e) {
+        float y[2] = {rounded<T>(d[g][e] + bias[0]), rounded<T>(d[g][2 + e] + bias[1])};
+        if (p.is_gated) {
+          put(token(g, e), feature(tile, 0), gated<T>(p.activation, y[0], y[1]));
+          continue;
+        }
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float y[2] = {rounded<T>(d[s][g][e] + bias[s][0]), rounded<T>(d[s][g][2 + e] + bias[s][1])};
-          if (p.is_gated) {
-            put(token(g, e), feature(tile, s, 0), gated<T>(p.activation, y[0], y[1]));
-            continue;
-          }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int at = feature(tile, s, h);
-            if (p.residual != nullptr) y[h] += kEarly ? before[s][g][2 * h + e] : residual(token(g, e), at);
-            put(token(g, e), at, y[h]);
-          }
+        for (int h = 0; h < 2; ++h) {
+          if (p.residual != nullptr) y[h] += before[g][2 * h + e];
+          put(token(g, e), feature(tile, h), y[h]);
         }
       }
     }
   }
 };
 
-// A warp computes kStrips strips of 16 weight rows for kGroups groups of 8 tokens. With a gate, a strip is 8
-// gate rows and the 8 up rows that they gate, so that one thread holds both.
-template <typename T, int kStrips, int kGroups>
+// A warp computes 16 weight rows for kGroups groups of 8 tokens. With a gate, these are 8 gate rows and the 8
+// up rows that they gate, so that one thread holds both.
+template <typename T, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     skinny_matmul_kernel(const __grid_constant__ CUtensorMap weight_map,
-                         const __grid_constant__ CUtensorMap x_map, const SkinnyMatmulParams p,
-                         const Tiling t) {
+                         const __grid_constant__ CUtensorMap x_map, const MatmulParams p, const Tiling t) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const Ring ring(shared, t);
-  const int consumers = t.row_warps * t.token_warps;
+  const int consumers = t.rows / 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int own_tiles =
       (t.tiles - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / gridDim.x;
@@ -219,23 +205,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     return;
   }
 
-  const int row_warp = warp % t.row_warps, token_warp = warp / t.row_warps;
   // This lane's addresses for ldmatrix, from the start of a chunk, for each k16 step of weights and half
   // chunk of x.
-  uint32_t weight_lane[kStrips][4], x_lane[kGroups][2];
+  uint32_t weight_lane[4], x_lane[kGroups][2];
+  const int row = p.is_gated ? warp * 8 + lane % 8 : warp * 16 + lane % 16;
+  const uint32_t up = p.is_gated && lane / 8 % 2 ? t.chunks * ring.weight_bytes / 2 : 0;
 #pragma unroll
-  for (int s = 0; s < kStrips; ++s) {
-    const int strip = row_warp * kStrips + s;
-    const int row = p.is_gated ? strip * 8 + lane % 8 : strip * 16 + lane % 16;
-    const uint32_t up = p.is_gated && lane / 8 % 2 ? t.chunks * ring.weight_bytes / 2 : 0;
-#pragma unroll
-    for (int k16 = 0; k16 < 4; ++k16) {
-      weight_lane[s][k16] = up + row * kRowBytes + (((k16 * 2 + lane / 16) ^ row % 8) << 4);
-    }
+  for (int k16 = 0; k16 < 4; ++k16) {
+    weight_lane[k16] = up + row * kRowBytes + (((k16 * 2 + lane / 16) ^ row % 8) << 4);
   }
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int token = (token_warp * kGroups + g) * 8 + lane % 8;
+    const int token = g * 8 + lane % 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       x_lane[g][half] = token * kRowBytes + (((half * 4 + lane / 8) ^ token % 8) << 4);
@@ -243,35 +224,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   // Half a chunk of operands: two k16 steps.
   struct Half {
-    uint32_t weight[kStrips][2][4], x[kGroups][4];
+    uint32_t weight[2][4], x[kGroups][4];
   };
   uint32_t weights = ring.weights, xs = ring.x;  // the chunk to load from
   const int weight_step = p.is_gated ? ring.weight_bytes / 2 : ring.weight_bytes;
   const auto load_half = [&](Half& to, int half) {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      load_matrices(to.weight[s][0], weights + weight_lane[s][2 * half]);
-      load_matrices(to.weight[s][1], weights + weight_lane[s][2 * half + 1]);
-    }
+    load_matrices(to.weight[0], weights + weight_lane[2 * half]);
+    load_matrices(to.weight[1], weights + weight_lane[2 * half + 1]);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) load_matrices(to.x[g], xs + x_lane[g][half]);
   };
-  float d[kStrips][kGroups][4] = {};
+  float d[kGroups][4] = {};
   const auto multiply = [&](const Half& half) {
 #pragma unroll
     for (int k16 = 0; k16 < 2; ++k16) {
 #pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          mma<T>(d[s][g], half.weight[s][k16], half.x[g][2 * k16], half.x[g][2 * k16 + 1]);
-        }
+      for (int g = 0; g < kGroups; ++g) {
+        mma<T>(d[g], half.weight[k16], half.x[g][2 * k16], half.x[g][2 * k16 + 1]);
       }
     }
   };
 
   wait_for_previous();
-  Epilogue<T, kStrips, kGroups> epilogue{p, t, row_warp * kStrips, token_warp * kGroups, lane, {}, {}};
+  Epilogue<T, kGroups> epilogue{p, t, warp, lane, {}, {}};
   epilogue.fetch(blockIdx.x);
   Half first, second;
   Cursor at;
@@ -304,12 +279,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
     epilogue.finish(tile, d);
 #pragma unroll
-    for (auto& strip : d) {
+    for (auto& group : d) {
 #pragma unroll
-      for (auto& group : strip) {
-#pragma unroll
-        for (float& sum : group) sum = 0.0f;
-      }
+      for (float& sum : group) sum = 0.0f;
     }
     step = 0;
     tile += gridDim.x;
@@ -367,22 +339,20 @@ constexpr int kMaxRows = 128;
 constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 // Rows of a tile: every SM gets the same number of tiles, as few as the longest tile allows.
-int rows_for(int out_features, int sms, int granule) {
+int rows_for(int out_features, int sms) {
   for (int waves = 1;; ++waves) {
-    const int rows = round_up((out_features + sms * waves - 1) / (sms * waves), granule);
+    const int rows = round_up((out_features + sms * waves - 1) / (sms * waves), 16);
     if (rows <= kMaxRows) return rows;
   }
 }
 
-template <int kStrips, int kGroups>
-Tiling tiling_for(const SkinnyMatmulParams& p, int token_warps, int sms) {
+template <int kGroups>
+Tiling tiling_for(const MatmulParams& p, int sms) {
   const bool whole = p.in_features % kChunk == 0;
   Tiling t{};
-  t.rows = rows_for(p.out_features, sms, 16 * kStrips);
+  t.rows = rows_for(p.out_features, sms);
   t.tiles = (p.out_features + t.rows - 1) / t.rows;
-  t.row_warps = t.rows / (16 * kStrips);
-  t.token_warps = token_warps;
-  t.x_rows = 8 * kGroups * token_warps;
+  t.x_rows = 8 * kGroups;
   t.chunks = !whole ? 1 : t.rows <= 64 ? 4 : 2;
   t.column_step = whole ? 0 : kChunk;
   t.chunk_step = whole ? t.chunks : 0;
@@ -394,10 +364,9 @@ Tiling tiling_for(const SkinnyMatmulParams& p, int token_warps, int sms) {
   return t;
 }
 
-template <typename T, int kStrips, int kGroups>
-cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int token_warps, int sms,
-                          cudaStream_t stream) {
-  const Tiling t = tiling_for<kStrips, kGroups>(p, token_warps, sms);
+template <typename T, int kGroups>
+cudaError_t launch_skinny(const MatmulParams& p, DType dtype, int sms, cudaStream_t stream) {
+  const Tiling t = tiling_for<kGroups>(p, sms);
   CUtensorMap weight_map, x_map;
   const Matrix weight{p.weight, p.out_features, p.in_features, p.weight_stride};
   const Matrix x{p.x, p.tokens, p.in_features, p.x_stride};
@@ -405,33 +374,29 @@ cudaError_t launch_skinny(const SkinnyMatmulParams& p, DType dtype, int token_wa
       !encode_map(&x_map, dtype, x, t.x_rows, t.chunks)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = skinny_matmul_kernel<T, kStrips, kGroups>;
+  const auto kernel = skinny_matmul_kernel<T, kGroups>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWholeSm)) {
     return error;
   }
   const dim3 grid(static_cast<unsigned>(min(t.tiles, sms)),
                   static_cast<unsigned>((p.tokens + kBlockTokens - 1) / kBlockTokens));
-  const int threads = 32 * (t.row_warps * t.token_warps + 1);
+  const int threads = 32 * (t.rows / 16 + 1);
   const int shared_bytes = kHeaderBytes + t.stages * t.chunks * (t.rows + t.x_rows) * kRowBytes;
   return launch(kernel, grid, threads, shared_bytes, stream, weight_map, x_map, p, t);
 }
 
 }  // namespace
 
-cudaError_t skinny_matmul(const SkinnyMatmulParams& p, DType dtype, cudaStream_t stream) {
+cudaError_t skinny_matmul(const MatmulParams& p, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0 || p.out_features == 0) return cudaSuccess;
   int device = 0, sms = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
   return by_half_dtype(dtype, [&]<typename T>() {
-    if (p.tokens <= 8) return launch_skinny<T, 1, 1>(p, dtype, 1, sms, stream);
-    if (p.tokens <= 16) return launch_skinny<T, 1, 2>(p, dtype, 1, sms, stream);
-    if (p.tokens <= 32) return launch_skinny<T, 2, 2>(p, dtype, 2, sms, stream);
-    // Tiles of one warp's height leave room for four warps side by side, one on each scheduler.
-    if (rows_for(p.out_features, sms, 32) == 32) return launch_skinny<T, 2, 2>(p, dtype, 4, sms, stream);
-    return launch_skinny<T, 2, 4>(p, dtype, 2, sms, stream);
+    if (p.tokens <= 8) return launch_skinny<T, 1>(p, dtype, sms, stream);
+    return launch_skinny<T, 2>(p, dtype, sms, stream);
   });
 }
 

@@ -18,11 +18,11 @@ from tgi_kernels import (
     activation,
     attention,
     attention_cuda,
+    hopper_matmul,
     matmul,
     norm,
     rope,
     sampling,
-    skinny_matmul,
     step,
 )
 from tgi_kernels.dlpack import on_arrays
@@ -67,7 +67,9 @@ def calls(device: str) -> Iterator[Call]:
         yield attention_cuda.attention_prefill, [q, pages, table, ints(device, [0, 2, 3]), lens, 0.125], {}
         memory = attention_cuda.attention_decode_workspace(2, pages, HEADS, 1)
         yield attention_cuda.attention_decode, [q[:2], pages, table, lens, 0.125, memory], {}
-        yield skinny_matmul.skinny_matmul, [x, matrix], {"gate": "silu"}
+        yield hopper_matmul.skinny_matmul, [x, matrix], {"gate": "silu"}
+        yield hopper_matmul.gemm, [x, matrix], {"gate": "silu"}
+        yield hopper_matmul.matmul, [x, matrix], {"gate": "silu"}
         rows, last_ids = ints(device, [1, -1, 0]), ints(device, [7, 8, 9], torch.int64)
         tables = ints(device, [[3, 0], [2, 0], [1, 0]])
         filled = {
@@ -95,7 +97,7 @@ def calls(device: str) -> Iterator[Call]:
 
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
-    "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "is_skinny",
+    "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
     "pack_linear", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 
@@ -179,7 +181,9 @@ def test_no_public_op_is_left_out() -> None:
     assert tried == set(public_ops())
 
 
-ON_GPUS_ALONE = ("attention_prefill", "attention_decode", "skinny_matmul", "decode_inputs", "keep_ids")
+ON_GPUS_ALONE = (
+    "attention_prefill", "attention_decode", "skinny_matmul", "gemm", "matmul", "decode_inputs", "keep_ids",
+)  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.compare import activation_dtypes, assert_near, assert_same_bits, normal, poisoned
-from tgi_kernels import cpu
+from tgi_kernels import activation, cpu
 from tgi_kernels._library import ops
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_kernels.reference import matmul as oracle
@@ -41,7 +41,7 @@ def test_linear_is_the_oracles(
         bias = normal(noise, shape[1], dtype=x.dtype, device=device)
         for given in (None, bias):
             out = poisoned(tokens, shape[1], dtype=x.dtype, device=device)
-            assert linear(x, packed, given, out) is out
+            assert linear(x, packed, given, out=out) is out
             assert_near(out, oracle.linear(x, weight, given), times=4)
 
 
@@ -74,6 +74,26 @@ def test_linear_does_not_depend_on_the_number_of_threads(
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_residual_or_a_gate_gives_the_bits_of_separate_ops(
+    noise: torch.Generator, device: str, shape: tuple[int, int]
+) -> None:
+    in_features, half = shape
+    packed = pack_linear(weight_of(noise, (in_features, 2 * half), torch.bfloat16, device))
+    for tokens in (1, 5, 33, 241):
+        x = normal(noise, tokens, in_features, dtype=activation_dtypes(device)[0], device=device)
+        bias = normal(noise, 2 * half, dtype=x.dtype, device=device)
+        residual = normal(noise, tokens, 2 * half, dtype=x.dtype, device=device)
+        y = linear(x, packed, bias)
+        assert_same_bits(linear(x, packed, bias, gate="silu"), activation.silu_and_mul(y))
+        assert_same_bits(linear(x, packed, bias, gate="gelu"), activation.gelu_and_mul(y))
+        assert_same_bits(linear(x, packed, bias, gate="gelu_tanh"), activation.gelu_tanh_and_mul(y))
+        want = residual + y
+        assert_same_bits(linear(x, packed, bias, residual=residual), want)
+        assert linear(x, packed, bias, residual=residual, out=residual) is residual
+        assert_same_bits(residual, want)
+
+
 @pytest.mark.usefixtures("isa")
 def test_a_bfloat16_weight_gives_the_bits_of_its_float32_copy(noise: torch.Generator) -> None:
     weight = weight_of(noise, (300, 50), torch.bfloat16, "cpu")
@@ -102,6 +122,16 @@ def test_x_of_another_width_is_refused_with_both_shapes() -> None:
         linear(torch.zeros(2, 9), pack_linear(torch.zeros(4, 8)))
 
 
+def test_a_residual_that_does_not_fit_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"residual has shape \[2, 3\]; it needs \[2, 4\]"):
+        linear(torch.zeros(2, 8), pack_linear(torch.zeros(4, 8)), residual=torch.zeros(2, 3))
+
+
+def test_a_gate_and_a_residual_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"both a gate \(silu\) and a residual are given"):
+        linear(torch.zeros(2, 8), pack_linear(torch.zeros(4, 8)), residual=torch.zeros(2, 4), gate="silu")
+
+
 def test_a_weight_of_another_dtype_is_refused_with_the_mend() -> None:
     with pytest.raises(ValueError, match=r"weight has dtype torch.float16; .* convert it with \.to"):
         pack_linear(torch.zeros(4, 8, dtype=torch.float16))
@@ -112,4 +142,4 @@ def test_the_schemas_of_matmul_tell_what_is_written(noise: torch.Generator) -> N
     packed = torch.empty(2, 16, 32)
     torch.library.opcheck(ops.pack_linear, (weight, packed))
     packed = pack_linear(weight).data
-    torch.library.opcheck(ops.linear, (normal(noise, 3, 16), packed, None, torch.empty(3, 40)))
+    torch.library.opcheck(ops.linear, (normal(noise, 3, 16), packed, None, None, torch.empty(3, 40)))

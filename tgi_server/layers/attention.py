@@ -48,10 +48,10 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         self.cache_spec = CacheSpec("pages", config.num_kv_heads, self.head_dim)
 
-    def forward(self, x: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """x: [tokens, hidden]; kv_pages: this layer's [pages, 2, kv_heads, 16, head_dim], written to.
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
+        """x: [tokens, hidden]; the result is added to `residual`, of the same shape, in place.
 
-        Returns [tokens, hidden].
+        kv_pages: this layer's [pages, 2, kv_heads, 16, head_dim], written to.
         """
         qkv: Tensor = self.qkv(x)
         q, k, v = qkv.view(len(x), -1, self.head_dim).split_with_sizes(self.heads, 1)
@@ -69,5 +69,4 @@ class Attention(nn.Module):
             eps=self.eps,
         )
         out = batch.attend(q, kv_pages, self.head_dim**-0.5, window=self.window)
-        update: Tensor = self.o(out.flatten(1))
-        return update
+        self.o.add_to(residual, out.flatten(1))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_server.layers.weights import Weights
 
@@ -33,9 +34,16 @@ class Linear(nn.Module):
         if any(weights.has(f"{name}.bias") for name in names):
             self.bias = torch.cat([_bias(weights, name, out) for name, out in zip(names, outs, strict=True)])
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x: [tokens, in_features]. Returns [tokens, sum(outs)] in x's type: `out`, if given."""
-        return linear(x, self.packed, self.bias, out)
+    def forward(self, x: Tensor, *, gate: Gate | None = None, out: Tensor | None = None) -> Tensor:
+        """x: [tokens, in_features]. Returns [tokens, sum(outs)] in x's type: `out`, if given.
+
+        With a gate: act(first half of the columns) · second half, and half as many columns.
+        """
+        return linear(x, self.packed, self.bias, gate=gate, out=out)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """Add the product to `residual`, [tokens, sum(outs)], in place."""
+        linear(x, self.packed, self.bias, residual=residual, out=residual)
 
 
 def _bias(weights: Weights, name: str, out: int) -> Tensor:

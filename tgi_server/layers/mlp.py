@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
-from tgi_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from tgi_kernels.activation import Gate
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.weights import Weights
 
-# config.json's `hidden_act` → the activation of the gate, fused with the product.
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu_and_mul,
-    "swish": silu_and_mul,
-    "gelu": gelu_and_mul,
-    "gelu_new": gelu_tanh_and_mul,
-    "gelu_pytorch_tanh": gelu_tanh_and_mul,
+# config.json's `hidden_act` → the activation of the gate.
+GATES: dict[str, Gate] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 
 
@@ -30,15 +28,14 @@ class GatedMLP(nn.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = Linear(weights, ["gate_proj", "up_proj"], hidden, [inner, inner])
         self.down = Linear(weights, ["down_proj"], inner, [hidden])
-        self.activate = _gate(config)
+        self.gate = _gate(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [tokens, hidden]. Returns [tokens, hidden]."""
-        update: Tensor = self.down(self.activate(self.gate_up(x)))
-        return update
+    def forward(self, x: Tensor, residual: Tensor) -> None:
+        """x: [tokens, hidden]; the result is added to `residual`, of the same shape, in place."""
+        self.down.add_to(residual, self.gate_up(x, gate=self.gate))
 
 
-def _gate(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+def _gate(config: ModelConfig) -> Gate:
     name = config.raw.get("hidden_act", "silu")
     if not isinstance(name, str) or name not in GATES:
         raise StartupError(f"config.json: hidden_act is {name!r}; supported are {', '.join(GATES)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tgi_kernels.norm import add_rms_norm, rms_norm
+from tgi_kernels.norm import rms_norm
 from tgi_server.layers.weights import Weights
 
 
@@ -19,7 +19,3 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [tokens, size]. Returns a new tensor of that shape."""
         return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add x to `residual` in place and return the norm of the sum. Both: [tokens, size]."""
-        return add_rms_norm(x, residual, self.weight, self.eps)

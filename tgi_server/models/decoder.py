@@ -21,7 +21,7 @@ MakeAttention = Callable[[Weights, int], Attention]
 
 
 class Block(nn.Module):
-    """One layer. It takes the last layer's update apart from the residual: sum and norm are then one op."""
+    """One layer: attention and MLP, each of a norm of the residual and added to it."""
 
     def __init__(self, weights: Weights, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -30,13 +30,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(weights.at("post_attention_layernorm"), config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(weights.at("mlp"), config)
 
-    def forward(self, update: Tensor | None, residual: Tensor, batch: Batch, kv_pages: Tensor) -> Tensor:
-        """update, residual: [tokens, hidden]; `residual` grows in place. Returns this layer's own update."""
-        norm = self.attention_norm
-        x = norm(residual) if update is None else norm.add(update, residual)
-        x = self.mlp_norm.add(self.attention(x, batch, kv_pages), residual)
-        own_update: Tensor = self.mlp(x)
-        return own_update
+    def forward(self, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
+        """residual: [tokens, hidden], grows in place."""
+        self.attention(self.attention_norm(residual), residual, batch, kv_pages)
+        self.mlp(self.mlp_norm(residual), residual)
 
 
 class Decoder(nn.Module):
@@ -70,13 +67,12 @@ class Decoder(nn.Module):
         Returns [tokens, hidden] after the final norm.
         """
         residual = self.embed(batch)
-        update: Tensor | None = None
         for block, kv_pages in zip(self.blocks, kv, strict=True):
-            update = block(update, residual, batch, kv_pages)
-        assert update is not None  # config.json asks for at least one layer
-        return self.norm.add(update, residual)
+            block(residual, batch, kv_pages)
+        hidden: Tensor = self.norm(residual)
+        return hidden
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden: [rows, hidden], of what `forward` returned. Returns [rows, vocab] of its type: `out` if given."""
-        scores: Tensor = self.head(hidden, out)
+        scores: Tensor = self.head(hidden, out=out)
         return scores
