@@ -196,13 +196,7 @@ class Scheduler:
 
     def fail(self, plan: Plan, message: str) -> list[TokenEvent]:
         """End every request of a step that could not be computed."""
-        events = []
-        for work in plan.work:
-            sequence = self._sequences.get(work.id)
-            if sequence is not None:
-                self._drop(sequence)
-                events.append(_end(sequence.request, FinishReason.FAILED, message))
-        return events
+        return self._end_all(plan.work, FinishReason.FAILED, message)
 
     def retreat(self, plan: Plan, message: str) -> list[TokenEvent]:
         """Take back the step that was planned last and not computed: it was too large for the device's memory.
@@ -210,19 +204,19 @@ class Scheduler:
         Steps with fewer prompt tokens will compute its work. If it had as few as a step can have, the requests behind
         these end with `message`; if it had none, all of its requests do.
         """
-        chunks = [work for work in plan.work if work.token_ids]
-        smaller = self._budget.shrink(sum(work.count for work in chunks))
-        ending = {work.id for work in ([] if smaller else chunks or plan.work)}
-        events = []
         for work in plan.work:
-            sequence = self._sequences.get(work.id)
-            if sequence is None:
-                continue  # cancelled
-            sequence.take_back(work)
-            if work.id in ending:
-                self._drop(sequence)
-                events.append(_end(sequence.request, FinishReason.EXHAUSTED, message))
-        return events
+            if (sequence := self._sequences.get(work.id)) is not None:
+                sequence.take_back(work)
+        chunks = [work for work in plan.work if work.token_ids]
+        if self._budget.shrink(sum(work.count for work in chunks)):
+            return []
+        return self._end_all(chunks or plan.work, FinishReason.EXHAUSTED, message)
+
+    def _end_all(self, works: list[Work], reason: FinishReason, message: str) -> list[TokenEvent]:
+        ending = [sequence for work in works if (sequence := self._sequences.get(work.id)) is not None]
+        for sequence in ending:
+            self._drop(sequence)
+        return [_end(sequence.request, reason, message) for sequence in ending]
 
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
         """Guesses to verify with a sequence's next token, whose own value must be known."""
