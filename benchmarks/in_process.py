@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.engine import Engine, Launched, Runner
-from tgi_server.engine.gpu_runner import GpuRunner
+from tgi_server.engine.gpu_runner import DTYPES, GpuRunner
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
 from tgi_server.models import load_model
@@ -155,15 +153,15 @@ def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens:
 
 
 def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> InProcess:
-    """The engine of `config` in this process, in bf16."""
-    device, dtype = torch.device(config.device), torch.bfloat16
-    model_config = ModelConfig.from_folder(config.model)
+    """The engine of `config` in this process."""
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
     weights = (
         DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
     )
-    model = load_model(weights, model_config, device, dtype)
+    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype)
     wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
     gc.collect()
     gc.freeze()  # as the engine process does
-    return InProcess(Engine(config, watched, wire, depth), wire, model_config.vocab_size, runner, watched)
+    return InProcess(Engine(config, watched, wire, depth), wire, model.vocab_size, runner, watched)
