@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.in_process import InProcess
-from tests.engine.gpu_rig import answers, engine, prompts
+from tests.engine.gpu_rig import answers, engine, events, prompts
 from tgi_server.engine.request import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -130,3 +130,29 @@ def test_chunks_preemption_and_cached_prefixes_change_greedy_answers_only_at_nea
             assert abs(logprob - other_logprob) < 0.1
             if token != other_token:
                 break
+
+
+def prompt_logprobs(rig: InProcess) -> torch.Tensor:
+    """Of all prompts, each cut into pieces, so that later ones read what earlier ones left in the cache."""
+    names = [rig.submit(prompt, 30, prompt_logprobs=True) for prompt in PROMPTS]
+    rig.finish()
+    return torch.tensor([logprob for name in names for logprob in events(rig, name)[0].prompt_logprobs])
+
+
+def test_a_float8_cache_rounds_what_is_in_it_and_no_more(llama: Path) -> None:
+    wide = prompt_logprobs(engine(llama, max_batch_tokens=64))
+    narrow = prompt_logprobs(engine(llama, max_batch_tokens=64, fp8_cache=True))
+    assert 0 < (wide - narrow).abs().mean() < 0.15
+    assert narrow.isfinite().all()
+
+
+def test_float16_is_nearer_to_fp32_than_bfloat16(llama: Path) -> None:
+    exact = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).cuda()
+    with torch.inference_mode():
+        theirs = [exact(torch.tensor([p], device="cuda")).logits[0].log_softmax(-1).cpu() for p in PROMPTS]
+    expected = torch.cat([row[range(len(p) - 1), p[1:]] for row, p in zip(theirs, PROMPTS, strict=True)])
+    errors = [
+        (prompt_logprobs(engine(llama, dtype=dtype)) - expected).abs().mean()
+        for dtype in ("float16", "bfloat16")
+    ]
+    assert errors[0] < errors[1] / 2
