@@ -18,8 +18,10 @@ from tgi_kernels.step import keep_ids
 from tgi_server.config import PAGE_TOKENS, EngineConfig
 from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
 from tgi_server.engine.cuda_errors import named_errors
+from tgi_server.engine.failures import OutOfDeviceMemory
 from tgi_server.engine.graphs import DecodeBuffers, DeviceState, capture_all
-from tgi_server.engine.plan import Plan
+from tgi_server.engine.plan import Asked, Plan, Work
+from tgi_server.engine.request import Sampling
 from tgi_server.engine.sampler import Drawn, Sampler
 from tgi_server.engine.staging import Fetched, fetch, upload
 from tgi_server.errors import StartupError
@@ -53,6 +55,7 @@ class GpuRunner:
         )
         self._builder = BatchBuilder(rows, max_pages)
         self._graphs = capture_all(model, self._state, self._buffers, rows)
+        self._run_largest_step(config)
 
     def _make_cache(self, config: EngineConfig, dtype: torch.dtype, max_pages: int) -> Tensor:
         specs = self._model.cache_specs
@@ -69,6 +72,27 @@ class GpuRunner:
         return torch.zeros(
             (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, device=self._device
         ).view(dtype)
+
+    def _run_largest_step(self, config: EngineConfig) -> None:
+        """Once, so that its kernels are loaded and its memory is kept; nothing in the cache is in use yet."""
+        longest = config.max_total_tokens
+        counts = [
+            min(longest, config.max_batch_tokens - at) for at in range(0, config.max_batch_tokens, longest)
+        ]
+        asked = Asked(Sampling(temperature=1.0, top_k=2))
+        works = [
+            Work(
+                id="", epoch=0, row=row, start=0, count=count, token_ids=[0] * count, first_page=0,
+                new_pages=[0] * -(-count // PAGE_TOKENS), samples=True, asked=asked, top_logprobs=1,
+            )
+            for row, count in enumerate(counts[: config.max_sequences])
+        ]  # fmt: skip
+        try:
+            self.launch(Plan(works)).result()
+        except OutOfDeviceMemory as error:
+            raise StartupError(
+                f"a step of --max-batch-tokens {config.max_batch_tokens} finds too little memory: {error}; lower it"
+            ) from error
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
