@@ -26,6 +26,7 @@ from tgi_server.engine.sampler import Drawn, Sampler
 from tgi_server.engine.staging import Fetched, fetch, upload
 from tgi_server.errors import StartupError
 from tgi_server.layers.batch import Attend, Batch
+from tgi_server.layers.cache import pool_shape
 from tgi_server.layers.paged import Decoding, DecodingThenPrompts, Prompts
 from tgi_server.memory_plan import GPU_RESERVE_BYTES, check_pages, pages_within
 from tgi_server.models.decoder import Decoder
@@ -68,10 +69,9 @@ class GpuRunner:
         room = room_bytes(config.memory_fraction, self._device)
         fit = _pages_that_fit(room, page_bytes, max_pages, config.max_sequences)
         pages = min(fit, config.num_pages or fit)
-        shape = (len(specs), pages, 2, specs[0].kv_heads, PAGE_TOKENS, specs[0].head_dim)
-        return torch.zeros(
-            (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, device=self._device
-        ).view(dtype)
+        *shape, last = pool_shape(specs, pages)
+        zeros = torch.zeros((*shape, last * dtype.itemsize), dtype=torch.uint8, device=self._device)
+        return zeros.view(dtype)
 
     def _run_largest_step(self, config: EngineConfig) -> None:
         """Once, so that its kernels are loaded and its memory is kept; nothing in the cache is in use yet."""
