@@ -18,7 +18,7 @@ from tests.engine.gpu_rig import CONFIG, answers, engine, events, prompts
 from tgi_server.engine.channel import encode_config
 from tgi_server.engine.client import EngineClient
 from tgi_server.engine.request import FinishReason, GenerationRequest
-from tgi_server.errors import ErrorKind, UserError
+from tgi_server.errors import ErrorKind, StartupError, UserError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -86,6 +86,14 @@ def test_without_any_memory_requests_end_with_the_numbers_and_the_engine_goes_on
     assert finishes(rig, [[5, 6, 8]]) == [(FinishReason.LENGTH, "")]
     rig.wire.errors.clear()
     assert answers(rig, [[5, 6, 7]]) == before
+
+
+def test_a_share_of_the_memory_that_leaves_no_room_is_refused_with_the_numbers(llama: Path) -> None:
+    try:
+        with pytest.raises(StartupError, match="after the weights and a reserve of 4 GiB"):
+            engine(llama, memory_fraction=0.02)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_an_illegal_access_ends_the_engine_and_its_clients_are_told(llama: Path) -> None:
