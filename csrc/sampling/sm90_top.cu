@@ -16,7 +16,7 @@ __device__ __forceinline__ void store_top(const TopLogprobsParams& p, int64_t at
   const float log_mass = logf(best.mass);
   for (int i = threadIdx.x; i < p.count; i += kThreads) {
     const bool there = i < listed;
-    p.ids[at * p.count + i] = there ? token_of(keys[i]) : -1;
+    p.ids[at * p.count + i] = there ? int64_t{token_of(keys[i])} : -1;
     p.logprobs[at * p.count + i] = there ? (score_of(keys[i]) - best.logit) - log_mass : -INFINITY;
   }
 }
