@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import tempfile
@@ -16,9 +17,9 @@ from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.engine import Engine, Launched, Runner
-from tgi_server.engine.gpu_runner import GpuRunner
+from tgi_server.engine.gpu_runner import DTYPES, GpuRunner
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine, TokenEvent
+from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
 from tgi_server.models import load_model
 
 LLAMA_3_1_8B = {
@@ -51,7 +52,7 @@ class Wire:
     requests: list[ToEngine] = field(default_factory=list)
     token_times: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # id and logprob
-    events: dict[str, list[TokenEvent]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
     finished: int = 0
 
     def receive(self, timeout_s: float) -> list[ToEngine]:
@@ -63,7 +64,7 @@ class Wire:
         if isinstance(message, StepEvents):
             now = time.perf_counter()
             for event in message.events:
-                self.events.setdefault(event.id, []).append(event)
+                self.errors += [event.error] if event.error else []
                 self.token_times.setdefault(event.id, []).extend([now] * len(event.token_ids))
                 self.tokens.setdefault(event.id, []).extend(zip(event.token_ids, event.logprobs, strict=True))
                 self.finished += event.finish is not None
@@ -124,8 +125,7 @@ class InProcess:
         """Step until everything asked for is answered."""
         while self.wire.finished < self._count:
             self.engine.step()
-        errors = [event.error for events in self.wire.events.values() for event in events if event.error]
-        assert not errors, errors[0]
+        assert not self.wire.errors, self.wire.errors[0]
 
     def warm_up(self, batch_tokens: int) -> None:
         """Run every kernel once, the largest step included."""
@@ -154,14 +154,16 @@ def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens:
     )
 
 
-def on_gpu(config: EngineConfig, depth: int = 1) -> InProcess:
-    """The engine of `config` in this process, in bf16."""
-    device, dtype = torch.device(config.device), torch.bfloat16
-    model_config = ModelConfig.from_folder(config.model)
+def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> InProcess:
+    """The engine of `config` in this process."""
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
     weights = (
         DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
     )
-    model = load_model(weights, model_config, device, dtype)
-    wire, runner = Wire(), GpuRunner(config, model, dtype)
+    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype)
+    wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
-    return InProcess(Engine(config, watched, wire, depth), wire, model_config.vocab_size, runner, watched)
+    gc.collect()
+    gc.freeze()  # as the engine process does
+    return InProcess(Engine(config, watched, wire, depth), wire, model.vocab_size, runner, watched)

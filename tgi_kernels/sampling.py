@@ -48,6 +48,7 @@ WATERMARK_DELTA = 2.0  # what TGI adds to the logits of green tokens
 _GPU_ROWS = 16  # that are computed at once: they take 30 temporaries of vocab × 8 bytes each
 
 _GPU_MAX_VOCAB = 400 * 1024  # kSampleMaxVocab of csrc/sampling/cuda.h
+_GPU_MOST_TOP = 1024  # kTopMostTokens, there
 
 register_fakes("greedy", "sample", "top_logprobs", "token_logprobs")
 
@@ -155,12 +156,15 @@ def top_logprobs(logits: Tensor, count: int, memory: Tensor | None = None) -> tu
         raise ValueError(
             f"count is {count}; 1 to {logits.shape[1]}, the size of the vocabulary, are possible"
         )
-    if logits.is_cuda:
-        ids, logprobs = composed.top_logprobs(logits, count)
-        return ids, logprobs.float()
+    if logits.is_cuda and not (count <= _GPU_MOST_TOP and _has_sampler(logits)):
+        parts = [composed.top_logprobs(part, count) for part in logits.split(_GPU_ROWS)]
+        return torch.cat([ids for ids, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
     shape = (logits.shape[0], count)
-    ids, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-    ops.top_logprobs(logits, workspace(logits.shape[1]) if memory is None else memory, ids, logprobs)
+    ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(shape, device=logits.device)
+    if memory is None:
+        memory = logits.new_empty(0) if logits.is_cuda else workspace(logits.shape[1])
+    ops.top_logprobs(logits, memory, ids, logprobs)
     return ids, logprobs
 
 

@@ -94,6 +94,9 @@ class EngineConfig:
     target_s: float = 0.1  # wished time between two tokens of a stream while prompts are read
     queue_timeout_s: float = 0.0  # a request not begun within it ends; 0: it waits as long as it takes
     device: str = "cpu"  # or "cuda"
+    dtype: str = "bfloat16"  # or "float16": what a GPU computes in
+    fp8_cache: bool = False  # keys and values are float8 (e4m3), on a GPU
+    memory_fraction: float = 1.0  # of a GPU's memory, that this server may take
     dummy_weights: bool = False  # random ones, for measuring
     cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
     log_level: str = "info"

@@ -63,7 +63,13 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
     asked, stored = _asked(values, folder, model), stored_types(folder)
     wanted = str(values["device"])
     on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted, values) == "cuda"
-    memory_bytes = device_memory_bytes or (_free_gpu_bytes() if on_gpu else usable_memory_bytes())
+    fraction = float(str(values["cuda_memory_fraction"]))
+    if not on_gpu:
+        memory_bytes = device_memory_bytes or usable_memory_bytes()
+    elif device_memory_bytes:
+        memory_bytes = int(device_memory_bytes * fraction)
+    else:
+        memory_bytes = _free_gpu_bytes(fraction)
     degrees = [ranks for ranks in DEGREES if can_split(model, ranks)] if on_gpu else [1]
     return [plan_memory(model, stored, asked, memory_bytes, on_gpu=on_gpu, ranks=ranks) for ranks in degrees]
 
@@ -80,6 +86,7 @@ def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
         sequences,
         max(_integer(values, "max_batch_tokens"), sequences),
         _integer(values, "max_batch_total_tokens"),
+        fp8_cache=values["kv_cache_dtype"] != "auto",
     )
 
 
@@ -110,6 +117,11 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
     device = _device(str(values["device"]), values)
     if device == "cuda" and values["cpu_isa"] != "auto":
         raise StartupError(f"--cpu-isa {values['cpu_isa']} is for --device cpu; leave it out on a GPU")
+    dtype = _dtype(str(values["dtype"]), device, model)
+    if device == "cpu" and asked.fp8_cache:
+        raise StartupError(
+            f"--kv-cache-dtype {values['kv_cache_dtype']}: on CPUs the KV cache is float32; leave it out there"
+        )
     # On a GPU this is a bound: the engine counts, by the same arithmetic, when the weights are there.
     num_pages = asked.cache_tokens // PAGE_TOKENS
     if device == "cpu":
@@ -130,6 +142,9 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         queue_timeout_s=float(str(values["queue_timeout_s"] or 0)),
         cpu_isa=str(values["cpu_isa"]),
         device=device,
+        dtype=dtype,
+        fp8_cache=asked.fp8_cache,
+        memory_fraction=float(str(values["cuda_memory_fraction"])),
         dummy_weights=values["load_format"] == "dummy",
         log_level=str(values["log_level"]),
         log_as_json=values["json_output"] is True,
@@ -200,11 +215,32 @@ def _gpu_trouble() -> str | None:
     return None if Path("/dev/nvidiactl").exists() else "no NVIDIA driver is loaded"
 
 
-def _free_gpu_bytes() -> int:
-    """Memory of the first GPU that is free now, as its driver's tool says; torch would take seconds to ask."""
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+def _dtype(wanted: str, device: str, model: ModelConfig) -> str:
+    """What a GPU computes in: what is asked for, else what the checkpoint has, if that is of 16 bits."""
+    dtype = {"half": "float16", "float": "float32"}.get(wanted, wanted)
+    if device == "cpu":
+        if dtype not in ("auto", "float32"):
+            log.warning("--dtype %s has no effect: CPUs compute in float32", wanted)
+        return EngineConfig.dtype
+    if dtype == "float32":
+        raise StartupError(
+            f"--dtype {wanted}: GPUs compute in bfloat16 or float16; choose one, or --device cpu, which computes in "
+            "float32"
+        )
+    own = model.raw.get("dtype", model.raw.get("torch_dtype"))
+    return dtype if dtype != "auto" else "float16" if own == "float16" else "bfloat16"
+
+
+def _free_gpu_bytes(fraction: float) -> int:
+    """Memory of the first GPU that is free now, within this share of all, as its driver's tool says.
+
+    torch would take seconds to ask.
+    """
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
-        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        free_mib, total_mib = map(int, said.split(","))
+        return int(min(free_mib, total_mib * fraction) * 2**20)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise StartupError(
             f"nvidia-smi does not say how much memory is free ({error}); give --device-memory, such as 80GiB"

@@ -85,6 +85,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, above 0 and up to 1")
+    return value
+
+
 def memory_size(text: str) -> int:
     """Bytes, of `80GiB`, `80GB` or `80G`; G and GiB are 2³⁰, GB is 10⁹."""
     number = text.rstrip("GiBM")
@@ -277,6 +287,18 @@ FLAGS: Final[tuple[Flag, ...]] = (
         is_switch=True, others=("-e",), good=boolean,
     ),
     Flag("device", _MACHINE, "auto: a GPU if there is one", one_of("auto", "cpu", "cuda"), "auto"),
+    Flag(
+        "dtype", _MACHINE, "what GPUs compute in; auto: the checkpoint's type, if of 16 bits. CPUs compute in float32",
+        one_of("auto", "bfloat16", "float16", "half", "float32", "float"), "auto",
+    ),
+    Flag(
+        "kv-cache-dtype", _MACHINE, "fp8 (e4m3) halves a GPU's KV cache, at some precision; auto: the type of dtype",
+        one_of("auto", "fp8", "fp8_e4m3", "fp8_e4m3fn"), "auto",
+    ),
+    Flag(
+        "cuda-memory-fraction", _MACHINE, "share of a GPU's memory this server may take, of which a reserve stays free",
+        share, 1.0, others=("gpu-memory-utilization", "mem-fraction-static"),
+    ),
     Flag("num-threads", _MACHINE, "threads that compute; by default one per usable core", whole(1, 1024)),
     Flag(
         "cpu-isa", _MACHINE, "instruction set of the CPU's kernels; auto: the best this machine has",
@@ -284,7 +306,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     _ignored("validation-workers", "prompts are encoded in threads as they come"),
     _ignored("speculate", "there is no speculation yet; answers are the same without it"),
-    _ignored("dtype", "GPUs compute in bfloat16 and CPUs in float32, whatever the checkpoint"),
     _ignored("trust-remote-code", "a checkpoint's code is never run", is_switch=True),
     _ignored("waiting-served-ratio", "prompts are read in pieces beside running answers"),
     _ignored("max-waiting-tokens", "prompts are read in pieces beside running answers"),
@@ -293,9 +314,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _ignored("master-addr", "processes are joined by a socket without a name"),
     _ignored("master-port", "processes are joined by a socket without a name"),
     _ignored("disable-custom-kernels", "there are no other kernels", is_switch=True),
-    _ignored(
-        "cuda-memory-fraction", "a reserve is left by itself", "gpu-memory-utilization", "mem-fraction-static"
-    ),
     _ignored("watermark-gamma", "a watermark favours half of the vocabulary, as by TGI's default"),
     _ignored("watermark-delta", "a watermark adds 2.0 to logits, as by TGI's default"),
     _ignored("ngrok-authtoken", "there is no tunnel"),
@@ -309,7 +327,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "num-shard", "a server uses one device", "tensor-parallel-size", "-tp", "tp", neutral=("1",)
     ),
     _refused("quantize", "only 16- and 32-bit checkpoints are read", "quantization", "-q"),
-    _refused("kv-cache-dtype", "the KV cache has the type of the activations", neutral=("auto",)),
     _refused("weights-cache-override", "give that folder as --model-id"),
     _refused("rope-scaling", "write it into the model's config.json"),
     _refused("rope-factor", "write it into the model's config.json"),

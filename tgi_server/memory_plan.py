@@ -39,6 +39,7 @@ class Asked:
     sequences: int  # computed in one step
     batch_tokens: int  # computed in one step
     cache_tokens: int = 0  # of KV cache at most; 0: what memory allows
+    fp8_cache: bool = False  # on a GPU one byte a number, not two
 
     @property
     def pages_per_sequence(self) -> int:
@@ -143,7 +144,8 @@ def plan_memory(
     reserve = _CPU_PROCESSES_BYTES
     if on_gpu:
         reserve = max(GPU_RESERVE_BYTES - activations - graphs, _GPU_SPARE_BYTES)
-    page = model.num_layers * 2 * kv_heads * PAGE_TOKENS * model.head_dim * (2 if on_gpu else 4)
+    item_bytes = 4 if not on_gpu else 1 if asked.fp8_cache else 2
+    page = model.num_layers * 2 * kv_heads * PAGE_TOKENS * model.head_dim * item_bytes
     room = memory_bytes - weights - activations - graphs - reserve
     budget = room if on_gpu else min(room, int(memory_bytes * KV_SHARE_OF_CPU_MEMORY))
     pages = pages_within(budget, page, asked.pages_per_sequence, asked.sequences)
@@ -179,7 +181,7 @@ def _weights_bytes(model: ModelConfig, stored: Mapping[str, str], ranks: int, on
     for name, values in _tensors(model, stored, ranks):
         kind = stored.get(name, default)
         if name == _EMBEDDING:
-            total += values * _ITEM_BYTES.get(kind, 4)
+            total += values * (2 if on_gpu else _ITEM_BYTES.get(kind, 4))
             kind_of_head = kind if model.tie_embeddings else stored.get("lm_head.weight", default)
             total += values * (2 if on_gpu or kind_of_head == "BF16" else 4)
         elif name.endswith("_proj.weight"):

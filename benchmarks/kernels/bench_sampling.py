@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, Roofs, copies_for, main, time_chain, time_isolated
-from tgi_kernels.sampling import NUMBERS, WHOLES, Settings, greedy, sample
+from tgi_kernels.sampling import NUMBERS, WHOLES, Settings, greedy, sample, top_logprobs
 
 VOCAB = 128256
 DRAWS: dict[str, dict[str, float]] = {
@@ -25,6 +25,8 @@ def bench(report: Report, roofs: Roofs) -> None:
     for name, filters in DRAWS.items():
         for rows in (1, 8, 64, 256):
             _bench_draw(report, roofs, rows, name, filters)
+    for rows in (1, 8, 64, 256):
+        _bench_top(report, roofs, rows)
 
 
 def _bench_greedy(report: Report, roofs: Roofs, rows: int, dtype: torch.dtype) -> None:
@@ -60,6 +62,17 @@ def _bench_draw(report: Report, roofs: Roofs, rows: int, name: str, filters: dic
         logits[0].nbytes / roofs.read,
         [lambda one=one: sample(one, at, at, settings, ids=ids, logprobs=logprobs) for one in logits],
         {"torch": [lambda one=one: _torch_draw(one, **filters) for one in logits]},
+    )
+
+
+def _bench_top(report: Report, roofs: Roofs, rows: int, count: int = 5) -> None:
+    logits = _logits(rows).bfloat16()
+    _figures(
+        report,
+        f"likeliest {count} bf16 B={rows}",
+        logits[0].nbytes / roofs.read,
+        [lambda one=one: top_logprobs(one, count) for one in logits],
+        {"torch": [lambda one=one: torch.log_softmax(one.float(), -1).topk(count, dim=-1) for one in logits]},
     )
 
 

@@ -62,6 +62,23 @@ inline constexpr int kSampleMaxVocab = 400 * 1024;
 // A cluster of eight CTAs a row; Hopper only.
 cudaError_t sample_sm90(const SampleParams& params, DType dtype, cudaStream_t stream);
 
+// The likeliest tokens of each row, likeliest first, the lowest id first among equals.
+struct TopLogprobsParams {
+  const void* logits;  // [rows, vocab], rows stride apart
+  int64_t stride;
+  int64_t rows;
+  int vocab;
+  int count;
+  bool aligned;     // as of GreedyParams
+  int64_t* ids;     // [rows, count]; −1 where a row has fewer above −∞
+  float* logprobs;  // [rows, count]; −∞ there
+};
+
+inline constexpr int kTopMostTokens = 1024;
+
+// A cluster of eight CTAs a row; Hopper only.
+cudaError_t top_logprobs_sm90(const TopLogprobsParams& params, DType dtype, cudaStream_t stream);
+
 // One CTA a row.
 cudaError_t greedy_sm80(const GreedyParams& params, DType dtype, cudaStream_t stream);
 // A cluster of eight CTAs a row.

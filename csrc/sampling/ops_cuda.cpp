@@ -102,10 +102,43 @@ void sample_cuda(const Tensor& logits, const Tensor& rows, const Tensor& positio
         "elsewhere");
 }
 
+void top_logprobs_cuda(const Tensor& logits, const Tensor& /* workspace */, const Tensor& ids,
+                       const Tensor& logprobs) {
+  check_dims(logits, 2, "logits");
+  check_dims(ids, 2, "ids");
+  const int64_t rows = logits.size(0), vocab = logits.size(1), count = ids.size(1);
+  check_rows(logits, logits, "logits");
+  check(vocab > 0 && vocab <= kSampleMaxVocab, "logits has ", vocab, " columns; 1 to ", kSampleMaxVocab,
+        " fit");
+  check(count > 0 && count <= vocab && count <= kTopMostTokens, "ids has ", count, " columns; 1 to ",
+        kTopMostTokens, " and no more than ", vocab, " are possible");
+  check_shape(ids, {rows, count}, "ids");
+  check_shape(logprobs, {rows, count}, "logprobs");
+  const DType dtype = dtype_of(logits, "logits");
+  const TopLogprobsParams params{
+      .logits = logits.const_data_ptr(),
+      .stride = logits.stride(0),
+      .rows = rows,
+      .vocab = static_cast<int>(vocab),
+      .count = static_cast<int>(count),
+      .aligned = vocab % 4 == 0 && is_aligned(logits.const_data_ptr(), logits.stride(0) * bytes_of(dtype)),
+      .ids = results_of<int64_t>(ids, ScalarType::Long, "ids"),
+      .logprobs = results_of<float>(logprobs, ScalarType::Float, "logprobs"),
+  };
+#if defined(TGI_HAVE_SM90)
+  if (has_clusters())
+    return check_launch(top_logprobs_sm90(params, dtype, stream_of(logits)), "top_logprobs");
+#endif
+  check(false,
+        "top_logprobs: this GPU has no clusters of CTAs (Hopper has); tgi_kernels.sampling composes the op "
+        "elsewhere");
+}
+
 }  // namespace
 }  // namespace tgi
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
   m.impl("greedy", TORCH_BOX(&tgi::greedy_cuda));
   m.impl("sample", TORCH_BOX(&tgi::sample_cuda));
+  m.impl("top_logprobs", TORCH_BOX(&tgi::top_logprobs_cuda));
 }

@@ -6,68 +6,12 @@
 #include "sampling/bins.cuh"
 #include "sampling/bits.cuh"
 #include "sampling/candidates.cuh"
-#include "sampling/greedy.cuh"
+#include "sampling/load.cuh"
 
 namespace tgi {
 namespace {
 
 // ---- device ----
-
-// Four logits: as many whatever their type, so that a row's sums have one order and its bits do not depend on
-// the type its values are stored in.
-template <typename T>
-__device__ __forceinline__ Vec<T, 4> load_four(const T* row, int first, int length, bool aligned) {
-  if constexpr (sizeof(T) == 4) {
-    return load_row(row, first, length, aligned, -INFINITY);
-  } else {
-    if (aligned && first < length) {
-      Vec<T, 4> four;
-      asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(four.word[0]), "=r"(four.word[1])
-                   : "l"(row + first));
-      return four;
-    }
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = first + i < length ? to_float(row[first + i]) : -INFINITY;
-    return pack<T>(x);
-  }
-}
-
-// Copies the logits into the slice, a NaN as −∞, and returns this thread's best of them.
-template <typename T>
-__device__ __forceinline__ Best load_slice(const SampleParams& p, const T* logits, const Slice& slice) {
-  constexpr int kRound = 8;
-  const int end = slice.begin + slice.size;
-  Best best;
-  for (int base = static_cast<int>(threadIdx.x) * 4; base < slice.size; base += kThreads * 4 * kRound) {
-    Vec<T, 4> loaded[kRound];
-#pragma unroll
-    for (int i = 0; i < kRound; ++i) {
-      loaded[i] = load_four(logits, slice.begin + base + i * kThreads * 4, end, p.aligned);
-    }
-    Vec<float> round[kRound];
-#pragma unroll
-    for (int i = 0; i < kRound; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) round[i].word[j] = __float_as_uint(element(loaded[i], j));
-    }
-    best = best_of_round<float, kThreads>(best, round, slice.begin + base);
-#pragma unroll
-    for (int i = 0; i < kRound; ++i) {
-      float scores[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float x = element(round[i], j);
-        scores[j] = x == x ? x : -INFINITY;
-      }
-      // Slices are padded to whole vectors; what lies past the row is −∞.
-      if (base + i * kThreads * 4 < slice.size)
-        store(slice.scores + base + i * kThreads * 4, pack<float>(scores));
-    }
-  }
-  return best;
-}
 
 __device__ __forceinline__ Best best_of_scores(const Slice& slice) {
   Best best;
@@ -187,7 +131,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
     reinterpret_cast<float*>(keys)[threadIdx.x] = mine.logit;  // for find_border
     return team.reduce(mine, [](const Best& a, const Best& b) { return merge(a, b); });
   };
-  Best mine = load_slice(p, logits, row.slice);
+  Best mine = load_slice(logits, row.slice, p.aligned);
   team.cluster.barrier_wait(static_cast<decltype(started)&&>(started));
   Best best = merge_all(mine);
   if (threadIdx.x == 0) shared.raw_logit = best.logit, shared.raw_mass = best.mass;
@@ -216,8 +160,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 2)
 cudaError_t sample_sm90(const SampleParams& p, DType dtype, cudaStream_t stream) {
   if (p.draws == 0) return cudaSuccess;
   if (p.vocab > kSampleMaxVocab) return cudaErrorInvalidValue;
-  constexpr int kGranule = kCluster * 128;  // the watermark's words begin at multiples of 128 tokens
-  const int share = (p.vocab + kGranule - 1) / kGranule * 128;
+  const int share = share_of_cta(p.vocab);
   const int shared_bytes =
       static_cast<int>(share * sizeof(float) + kListed * sizeof(uint64_t) + sizeof(Bins));
   return by_dtype(dtype, [&]<typename T>() {

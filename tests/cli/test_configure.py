@@ -45,6 +45,7 @@ def test_what_is_not_said_follows_from_the_model(folder: Path) -> None:
         ({"max_input_tokens": "512"}, "max-input-tokens is 512, but --max-total-tokens is 512"),
         ({"api_key_file": "/nowhere"}, "api-key-file /nowhere cannot be read"),
         ({"model_id": "/nowhere"}, "no such folder"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: on CPUs the KV cache is float32"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_with_the_numbers(

@@ -115,7 +115,21 @@ def a_value(flag: Flag) -> str:
         if flag.name == "host"
         else ("http://127.0.0.1:4317",)
         if flag.name == "otlp-endpoint"
-        else ("7", "77", "dummy", "cpu", "model", "debug", "0.5", "0.0.0.0", "true", "avx2", "text")
+        else (
+            "7",
+            "77",
+            "dummy",
+            "cpu",
+            "model",
+            "debug",
+            "0.5",
+            "0.0.0.0",
+            "true",
+            "avx2",
+            "float16",
+            "fp8",
+            "text",
+        )
     ):
         try:
             if flag.parse(text) != flag.default:

@@ -14,7 +14,7 @@ from tgi_server import cli, memory
 from tgi_server.checkpoint.headers import stored_types
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
-from tgi_server.engine.gpu_runner import _pages_that_fit
+from tgi_server.engine.gpu_runner import _pages_that_fit, room_bytes
 from tgi_server.errors import StartupError
 from tgi_server.layers.embedding import Embedding
 from tgi_server.layers.linear import Linear
@@ -75,7 +75,7 @@ def test_a_tied_head_is_held_a_second_time() -> None:
 def test_types_other_than_bf16_are_narrowed_on_gpus_and_widened_on_cpus() -> None:
     embedding = 128256 * 4096
     assert plan_8b(80, torch_dtype="float16").weights_bytes == 2 * PARAMETERS
-    assert plan_8b(80, torch_dtype="float32").weights_bytes == 2 * PARAMETERS + 2 * embedding
+    assert plan_8b(80, torch_dtype="float32").weights_bytes == 2 * PARAMETERS
     assert plan_8b(80, torch_dtype="float16", on_gpu=False).weights_bytes == 4 * PARAMETERS - 2 * embedding
     norms = 65 * 4096
     assert plan_8b(80, on_gpu=False).weights_bytes == 2 * PARAMETERS + 2 * norms
@@ -139,17 +139,31 @@ def test_pages_are_bounded_by_what_all_sequences_could_fill_and_never_negative()
 
 @pytest.mark.parametrize("free_gib", [0, 3, 5, 10, 61.3, 140])
 @pytest.mark.parametrize("max_pages", [1, 64, 8192])
-def test_the_engine_on_a_gpu_takes_what_is_free_but_the_reserve(
-    monkeypatch: pytest.MonkeyPatch, free_gib: float, max_pages: int
-) -> None:
+def test_the_engine_on_a_gpu_takes_what_is_free_but_the_reserve(free_gib: float, max_pages: int) -> None:
     free, page_bytes, rows = int(free_gib * GIB), 2 << 20, 256
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 141 * GIB))
     pages = min((free - 4 * GIB) // page_bytes, rows * max_pages)
     if pages >= max_pages:
-        assert _pages_that_fit(page_bytes, max_pages, rows, torch.device("cuda")) == pages
+        assert _pages_that_fit(free, page_bytes, max_pages, rows) == pages
         return
     with pytest.raises(StartupError, match=r"after the weights and a reserve of 4 GiB, .* are left for it"):
-        _pages_that_fit(page_bytes, max_pages, rows, torch.device("cuda"))
+        _pages_that_fit(free, page_bytes, max_pages, rows)
+
+
+def test_a_share_of_a_gpus_memory_bounds_what_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (100 * GIB, 140 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 16 * GIB)
+    device = torch.device("cuda")
+    assert room_bytes(1.0, device) == 100 * GIB
+    assert room_bytes(0.5, device) == 54 * GIB
+
+
+def test_a_float8_cache_holds_twice_the_tokens() -> None:
+    model, asked = ModelConfig.from_dict(LLAMA_31_8B, {}), Asked(131072, sequences=64, batch_tokens=256)
+    wide, narrow = (
+        plan_memory(model, {}, replace(asked, fp8_cache=fp8), 80 * GIB, on_gpu=True) for fp8 in (False, True)
+    )
+    assert narrow.page_bytes * 2 == wide.page_bytes
+    assert narrow.pages // 2 == wide.pages
 
 
 def test_the_plan_counts_what_is_then_loaded() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.in_process import InProcess, on_gpu
+from benchmarks.in_process import InProcess, Wire, on_gpu
 from tgi_server.config import EngineConfig
+from tgi_server.engine.request import FromEngine, StepEvents, TokenEvent
 
 VOCAB = 3000
 Answer = list[tuple[int, float]]  # ids and logprobs
@@ -48,8 +49,24 @@ CONFIG = EngineConfig(
 )
 
 
+@dataclass
+class Recorder(Wire):
+    events: dict[str, list[TokenEvent]] = field(default_factory=dict)
+
+    def send(self, message: FromEngine) -> None:
+        super().send(message)
+        for event in message.events if isinstance(message, StepEvents) else ():
+            self.events.setdefault(event.id, []).append(event)
+
+
 def engine(folder: Path, depth: int = 1, **changes: Any) -> InProcess:
-    return on_gpu(replace(CONFIG, model=folder, **changes), depth)
+    return on_gpu(replace(CONFIG, model=folder, **changes), depth, Recorder())
+
+
+def events(rig: InProcess, name: str) -> list[TokenEvent]:
+    """What was said of a request so far."""
+    assert isinstance(rig.wire, Recorder)
+    return rig.wire.events.get(name, [])
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from benchmarks.in_process import InProcess
-from tests.engine.gpu_rig import CONFIG, answers, engine, prompts
+from tests.engine.gpu_rig import CONFIG, answers, engine, events, prompts
 from tgi_server.engine.channel import encode_config
 from tgi_server.engine.client import EngineClient
 from tgi_server.engine.request import FinishReason, GenerationRequest
-from tgi_server.errors import ErrorKind, UserError
+from tgi_server.errors import ErrorKind, StartupError, UserError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-LONG = [prompts(40)[-1][:1] * 300] * 20
+LONG = [[i, *prompts(40)[-1][:1] * 300] for i in range(60)]
 
 
 class Hog:
@@ -50,23 +50,24 @@ class Hog:
 
 @pytest.fixture
 def rig(llama: Path) -> InProcess:
-    return engine(llama, max_batch_tokens=4096, num_pages=1500)
+    return engine(llama, max_batch_tokens=16384, max_sequences=64, num_pages=1500)
 
 
 def finishes(rig: InProcess, asked: list[list[int]]) -> list[tuple[FinishReason | None, str]]:
     names = [rig.submit(prompt, 5) for prompt in asked]
-    while not all(name in rig.wire.events and rig.wire.events[name][-1].finish for name in names):
+    while not all(events(rig, name) and events(rig, name)[-1].finish for name in names):
         rig.engine.step()
-    return [(rig.wire.events[name][-1].finish, rig.wire.events[name][-1].error) for name in names]
+    return [(events(rig, name)[-1].finish, events(rig, name)[-1].error) for name in names]
 
 
 def test_when_somebody_else_takes_the_memory_steps_shrink_and_answers_come(rig: InProcess) -> None:
-    hog = Hog(leave_bytes=24 << 20)
+    """The step of 16384 tokens needs 160 MiB and more, a MLP's input and output alone 100."""
+    hog = Hog(leave_bytes=128 << 20)
     try:
-        found = finishes(rig, [[i, *prompt] for i, prompt in enumerate(LONG)])
+        found = finishes(rig, LONG)
     finally:
         hog.release()
-    assert [finish for finish, _ in found] == [FinishReason.LENGTH] * len(LONG)
+    assert found == [(FinishReason.LENGTH, "")] * len(LONG)
     assert rig.engine._steps.failed_prefill_steps > 0
 
 
@@ -75,7 +76,7 @@ def test_without_any_memory_requests_end_with_the_numbers_and_the_engine_goes_on
     hog = Hog(leave_bytes=64 << 20)
     hog.take_rest()
     try:
-        found = finishes(rig, [[i, *prompt] for i, prompt in enumerate(LONG)])
+        found = finishes(rig, LONG)
     finally:
         hog.release()
     errors = [error for finish, error in found if finish is FinishReason.EXHAUSTED]
@@ -83,8 +84,16 @@ def test_without_any_memory_requests_end_with_the_numbers_and_the_engine_goes_on
     assert {finish for finish, _ in found} <= {FinishReason.EXHAUSTED, FinishReason.LENGTH}
     assert rig.engine._pool.available == rig.engine._pool.total
     assert finishes(rig, [[5, 6, 8]]) == [(FinishReason.LENGTH, "")]
-    rig.wire.events.clear()
+    rig.wire.errors.clear()
     assert answers(rig, [[5, 6, 7]]) == before
+
+
+def test_a_share_of_the_memory_that_leaves_no_room_is_refused_with_the_numbers(llama: Path) -> None:
+    try:
+        with pytest.raises(StartupError, match="after the weights and a reserve of 4 GiB"):
+            engine(llama, memory_fraction=0.02)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_an_illegal_access_ends_the_engine_and_its_clients_are_told(llama: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.in_process import InProcess
-from tests.engine.gpu_rig import VOCAB, Answer, answers, engine, prompts
+from tests.engine.gpu_rig import VOCAB, Answer, answers, engine, events, prompts
 from tgi_kernels.sampling import green_tokens
 from tgi_server.engine.request import FinishReason, Sampling, TokenEvent
 
@@ -78,7 +78,7 @@ def test_a_watermark_shows_in_the_text(rig: InProcess) -> None:
 def last_events(rig: InProcess, **fields: Any) -> list[TokenEvent]:
     name = rig.submit(PROMPT, 12, **fields)
     rig.finish()
-    return rig.wire.events[name]
+    return events(rig, name)
 
 
 def test_likeliest_tokens_come_with_each_token_best_first(rig: InProcess) -> None:
@@ -97,12 +97,12 @@ def test_likeliest_tokens_come_with_each_token_best_first(rig: InProcess) -> Non
 
 
 def test_logprobs_of_the_prompt_are_transformers(llama: Path, rig: InProcess) -> None:
-    events = last_events(rig, prompt_logprobs=True, top_logprobs=2)
+    first = last_events(rig, prompt_logprobs=True, top_logprobs=2)[0]
     exact = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).cuda()
     with torch.inference_mode():
         expected = exact(torch.tensor([PROMPT], device="cuda")).logits[0].log_softmax(-1)
     theirs = expected[range(len(PROMPT) - 1), PROMPT[1:]]
-    ours = torch.tensor(events[0].prompt_logprobs, device="cuda")
+    ours = torch.tensor(first.prompt_logprobs, device="cuda")
     assert (ours - theirs).abs().max() < 0.3
     assert (ours - theirs).abs().mean() < 0.05
-    assert len(events[0].prompt_top) == len(PROMPT) - 1
+    assert len(first.prompt_top) == len(PROMPT) - 1

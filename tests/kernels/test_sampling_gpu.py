@@ -221,6 +221,37 @@ def test_draws_of_some_rows_are_those_of_these_rows_alone() -> None:
     assert (ids == -7).sum() == (logprobs == -7.0).sum() == 37
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("vocab", "count"), [(1, 1), (7, 7), (1000, 5), (1500, 1024), (50257, 20), (128256, 1024)]
+)
+def test_the_likeliest_tokens_are_the_oracles_in_order(dtype: torch.dtype, vocab: int, count: int) -> None:
+    for rows, spread in ((1, 3.0), (9, 0.01), (40, 1.0)):
+        logits = (torch.randn(rows, vocab, device="cuda") * spread).to(dtype)
+        if vocab > 100:
+            logits[0, 3:9] = -torch.inf
+        ids, logprobs = sampling.top_logprobs(logits, count)
+        exact_ids, exact = reference.top_logprobs(logits, count)
+        assert torch.equal(ids, exact_ids)
+        torch.testing.assert_close(logprobs, exact, rtol=3e-6, atol=3e-6)
+
+
+def test_of_equal_likeliest_tokens_the_lowest_ids_come_first_and_missing_ones_are_marked() -> None:
+    logits = torch.zeros(5, 128256, device="cuda")
+    logits[1] = -torch.inf
+    logits[1, [5, 70000]] = torch.tensor([1.0, 2.0], device="cuda")
+    logits[2] = -torch.inf
+    logits[3, 9] = torch.nan
+    logits[4, 100000:] = 1.0
+    ids, logprobs = sampling.top_logprobs(logits, 20)
+    assert ids[0].tolist() == list(range(20))
+    assert ids[1].tolist() == [70000, 5] + [-1] * 18
+    assert logprobs[1, 2:].isneginf().all() and logprobs[1, :2].isfinite().all()
+    assert ids[2].tolist() == [-1] * 20
+    assert ids[3].tolist() == [i for i in range(21) if i != 9]
+    assert ids[4].tolist() == list(range(100000, 100020))
+
+
 def test_draws_follow_the_distribution() -> None:
     draws, vocab = 200_000, 24
     logits = torch.randn(1, vocab, device="cuda")

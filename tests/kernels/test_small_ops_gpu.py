@@ -166,7 +166,7 @@ def test_keys_and_values_go_to_a_float8_cache_rounded_once_and_bounded(
     dtype: torch.dtype, head_dim: int, rot_dim: int, normed: bool
 ) -> None:
     q, k, v, pages, cos_sin, positions, slots = rotary_case(dtype, 19, 8, 2, head_dim, rot_dim)
-    v[0] *= 1e5
+    v[1] *= 1e5
     narrow = torch.zeros(pages.shape, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
     norms = (
         {"q_norm": random(head_dim, dtype=dtype), "k_norm": random(head_dim, dtype=dtype)} if normed else {}

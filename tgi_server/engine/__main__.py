@@ -26,7 +26,7 @@ from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
 from tgi_server.engine.failures import DeviceLost
-from tgi_server.engine.gpu_runner import GpuRunner
+from tgi_server.engine.gpu_runner import DTYPES, GpuRunner, room_bytes
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.engine.startup import Startup
@@ -119,11 +119,12 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
             "CUDA finds no GPU it can use; CUDA_VISIBLE_DEVICES may name one that is not here, or the driver is too "
             f"old for CUDA {torch.version.cuda}. Mend that, or choose --device cpu"
         )
-    device, dtype = torch.device(config.device), torch.bfloat16
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
     model_config = ModelConfig.from_folder(config.model)
     with startup.phase("device"):
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    config = _planned(config, model_config, free_bytes)
+        torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
+        room = room_bytes(config.memory_fraction, device)
+    config = _planned(config, model_config, room)
     with startup.phase("weights"):
         model = load_model(_source(config, startup), model_config, device, dtype)
         torch.cuda.synchronize(device)
@@ -134,22 +135,26 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
 def _source(config: EngineConfig, startup: Startup) -> Source:
     """Where the weights come from, its progress watched."""
     if config.dummy_weights:
-        return DummyCheckpoint(config.model, torch.device(config.device), torch.bfloat16)
+        return DummyCheckpoint(config.model, torch.device(config.device), DTYPES[config.dtype])
     size_bytes = sum(path.stat().st_size for path in tensor_files(config.model))
     return startup.watched(Checkpoint(config.model), size_bytes)
 
 
-def _planned(config: EngineConfig, model: ModelConfig, free_bytes: int) -> EngineConfig:
+def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> EngineConfig:
     """With as many pages as the plan for a GPU finds room for. Raises StartupError, before anything is loaded, if
     that is too little; models whose weights the plan does not know are counted when they are there.
     """
     if not can_plan(model):
         return config
     asked = Asked(
-        config.max_total_tokens, config.max_sequences, config.max_batch_tokens, config.num_pages * PAGE_TOKENS
+        config.max_total_tokens,
+        config.max_sequences,
+        config.max_batch_tokens,
+        config.num_pages * PAGE_TOKENS,
+        config.fp8_cache,
     )
     plan = plan_memory(
-        model, {} if config.dummy_weights else stored_types(config.model), asked, free_bytes, on_gpu=True
+        model, {} if config.dummy_weights else stored_types(config.model), asked, memory_bytes, on_gpu=True
     )
     plan.check()
     for line in table([plan]).splitlines():

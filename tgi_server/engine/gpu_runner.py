@@ -7,6 +7,8 @@ sequences' lengths and the pages they got, one small copy.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,26 +18,34 @@ from tgi_kernels.step import keep_ids
 from tgi_server.config import PAGE_TOKENS, EngineConfig
 from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
 from tgi_server.engine.cuda_errors import named_errors
+from tgi_server.engine.failures import OutOfDeviceMemory
 from tgi_server.engine.graphs import DecodeBuffers, DeviceState, capture_all
-from tgi_server.engine.plan import Plan
+from tgi_server.engine.plan import Asked, Plan, Work
+from tgi_server.engine.request import Sampling
 from tgi_server.engine.sampler import Drawn, Sampler
 from tgi_server.engine.staging import Fetched, fetch, upload
+from tgi_server.errors import StartupError
 from tgi_server.layers.batch import Attend, Batch
+from tgi_server.layers.cache import pool_shape
 from tgi_server.layers.paged import Decoding, DecodingThenPrompts, Prompts
 from tgi_server.memory_plan import GPU_RESERVE_BYTES, check_pages, pages_within
 from tgi_server.models.decoder import Decoder
+
+# What a GPU computes in, by config.dtype.
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class GpuRunner:
     """Computes in 16 bits; the KV cache fills what weights and reserve leave, unless a size is given."""
 
     def __init__(self, config: EngineConfig, model: Decoder, dtype: torch.dtype) -> None:
+        """Reserve the cache and capture the graphs. Raises StartupError for what there is too little room for."""
         self._model = model
         self._device = device = torch.device(config.device)
         rows, max_pages = config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS)
         self._sampler = Sampler(rows, config.max_total_tokens, model.vocab_size, device)
         self._buffers = DecodeBuffers.empty(rows, max_pages, model.vocab_size, dtype, device)
-        kv = self._make_cache(config, dtype, max_pages)
+        kv = self._make_cache(config, torch.float8_e4m3fn if config.fp8_cache else dtype, max_pages)
         self.num_pages = kv.shape[1]
         self._state = DeviceState(
             kv,
@@ -46,14 +56,43 @@ class GpuRunner:
         )
         self._builder = BatchBuilder(rows, max_pages)
         self._graphs = capture_all(model, self._state, self._buffers, rows)
+        self._run_largest_step(config)
 
     def _make_cache(self, config: EngineConfig, dtype: torch.dtype, max_pages: int) -> Tensor:
         specs = self._model.cache_specs
+        if config.fp8_cache and specs[0].head_dim % 16:
+            raise StartupError(
+                f"--kv-cache-dtype fp8 needs heads of a multiple of 16 numbers; this model's have {specs[0].head_dim}: "
+                "leave it out"
+            )
         page_bytes = sum(spec.page_values() for spec in specs) * dtype.itemsize
-        fit = _pages_that_fit(page_bytes, max_pages, config.max_sequences, self._device)
+        room = room_bytes(config.memory_fraction, self._device)
+        fit = _pages_that_fit(room, page_bytes, max_pages, config.max_sequences)
         pages = min(fit, config.num_pages or fit)
-        shape = (len(specs), pages, 2, specs[0].kv_heads, PAGE_TOKENS, specs[0].head_dim)
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        *shape, last = pool_shape(specs, pages)
+        zeros = torch.zeros((*shape, last * dtype.itemsize), dtype=torch.uint8, device=self._device)
+        return zeros.view(dtype)
+
+    def _run_largest_step(self, config: EngineConfig) -> None:
+        """Once, so that its kernels are loaded and its memory is kept; nothing in the cache is in use yet."""
+        longest = config.max_total_tokens
+        counts = [
+            min(longest, config.max_batch_tokens - at) for at in range(0, config.max_batch_tokens, longest)
+        ]
+        asked = Asked(Sampling(temperature=1.0, top_k=2))
+        works = [
+            Work(
+                id="", epoch=0, row=row, start=0, count=count, token_ids=[0] * count, first_page=0,
+                new_pages=[0] * -(-count // PAGE_TOKENS), samples=True, asked=asked, top_logprobs=1,
+            )
+            for row, count in enumerate(counts[: config.max_sequences])
+        ]  # fmt: skip
+        try:
+            self.launch(Plan(works)).result()
+        except OutOfDeviceMemory as error:
+            raise StartupError(
+                f"a step of --max-batch-tokens {config.max_batch_tokens} finds too little memory: {error}; lower it"
+            ) from error
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
@@ -111,10 +150,15 @@ class GpuRunner:
         )
 
 
-def _pages_that_fit(page_bytes: int, max_pages: int, rows: int, device: torch.device) -> int:
-    """Pages of KV cache for what is free now, never more than all rows could fill."""
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    pages = pages_within(free_bytes - GPU_RESERVE_BYTES, page_bytes, max_pages, rows)
+def room_bytes(fraction: float, device: torch.device) -> int:
+    """What is free of this share of the device's memory, beside what this process has."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return min(free_bytes, int(total_bytes * fraction) - torch.cuda.memory_reserved(device))
+
+
+def _pages_that_fit(room_bytes: int, page_bytes: int, max_pages: int, rows: int) -> int:
+    """Pages of KV cache for this room but the reserve, never more than all rows could fill."""
+    pages = pages_within(room_bytes - GPU_RESERVE_BYTES, page_bytes, max_pages, rows)
     beside = f"after the weights and a reserve of {GPU_RESERVE_BYTES / 2**30:.0f} GiB"
     check_pages(pages, page_bytes, max_pages, beside)
     return pages

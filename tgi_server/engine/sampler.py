@@ -93,12 +93,11 @@ def results(plan: Plan, drawn: Drawn, scored: Mapping[int, Scored]) -> list[Samp
     for place, work in enumerate(plan.work):
         if not work.samples and not work.scored:
             continue
-        sampled = Sampled([], [])
         if work.samples:
             token, logprob = next(draws)
-            sampled.token_ids, sampled.logprobs = [token], [logprob]
-            if work.top_logprobs:
-                sampled.top = [next(tops)]
+            sampled = Sampled([token], [logprob], [next(tops)] if work.top_logprobs else [])
+        else:
+            sampled = Sampled([], [])
         if work.scored:
             part = scored[place]
             sampled.prompt_logprobs = part.logprobs.tolist()

@@ -138,10 +138,9 @@ class Scheduler:
         self._make_room()
         decodes: list[Work] = []
         chunks: list[Work] = []
-        decoding = sum(1 for sequence in self._running if sequence.wanted == 1)
-        chunk_budget = self._budget.prompt_tokens(decoding)
-        for sequence in tuple(self._running):
-            wanted = sequence.wanted
+        wants = [(sequence, sequence.wanted) for sequence in self._running]
+        chunk_budget = self._budget.prompt_tokens(sum(1 for _, wanted in wants if wanted == 1))
+        for sequence, wanted in wants:
             guesses = self._guesses(sequence, chunk_budget) if wanted == 1 else []
             count = 1 + len(guesses) if wanted == 1 else min(wanted, chunk_budget)
             if count == 0 or sequence.row < 0 or not self._grow(sequence, sequence.scheduled + count):
@@ -196,13 +195,7 @@ class Scheduler:
 
     def fail(self, plan: Plan, message: str) -> list[TokenEvent]:
         """End every request of a step that could not be computed."""
-        events = []
-        for work in plan.work:
-            sequence = self._sequences.get(work.id)
-            if sequence is not None:
-                self._drop(sequence)
-                events.append(_end(sequence.request, FinishReason.FAILED, message))
-        return events
+        return self._end_all(plan.work, FinishReason.FAILED, message)
 
     def retreat(self, plan: Plan, message: str) -> list[TokenEvent]:
         """Take back the step that was planned last and not computed: it was too large for the device's memory.
@@ -210,19 +203,19 @@ class Scheduler:
         Steps with fewer prompt tokens will compute its work. If it had as few as a step can have, the requests behind
         these end with `message`; if it had none, all of its requests do.
         """
-        chunks = [work for work in plan.work if work.token_ids]
-        smaller = self._budget.shrink(sum(work.count for work in chunks))
-        ending = {work.id for work in ([] if smaller else chunks or plan.work)}
-        events = []
         for work in plan.work:
-            sequence = self._sequences.get(work.id)
-            if sequence is None:
-                continue  # cancelled
-            sequence.take_back(work)
-            if work.id in ending:
-                self._drop(sequence)
-                events.append(_end(sequence.request, FinishReason.EXHAUSTED, message))
-        return events
+            if (sequence := self._sequences.get(work.id)) is not None:
+                sequence.take_back(work)
+        chunks = [work for work in plan.work if work.token_ids]
+        if self._budget.shrink(sum(work.count for work in chunks)):
+            return []
+        return self._end_all(chunks or plan.work, FinishReason.EXHAUSTED, message)
+
+    def _end_all(self, works: list[Work], reason: FinishReason, message: str) -> list[TokenEvent]:
+        ending = [sequence for work in works if (sequence := self._sequences.get(work.id)) is not None]
+        for sequence in ending:
+            self._drop(sequence)
+        return [_end(sequence.request, reason, message) for sequence in ending]
 
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
         """Guesses to verify with a sequence's next token, whose own value must be known."""
@@ -344,28 +337,22 @@ class Scheduler:
         sequence.published = 0
 
     def _extend(self, sequence: Sequence, result: Sampled) -> TokenEvent:
+        request, before = sequence.request, sequence.generated
         taken = 0
         finish = None
         for token in result.token_ids:
             sequence.tokens.append(token)
             taken += 1
-            if token in sequence.request.stop_token_ids:
+            if token in request.stop_token_ids:
                 finish = FinishReason.EOS
-            elif sequence.generated >= sequence.request.max_new_tokens:
+            elif before + taken >= request.max_new_tokens:
                 finish = FinishReason.LENGTH
             if finish is not None:
                 break
-        first = sequence.generated == taken
-        return TokenEvent(
-            sequence.request.id,
-            result.token_ids[:taken],
-            result.logprobs[:taken],
-            finish,
-            top=result.top[:taken],
-            prompt_logprobs=sequence.prompt_logprobs if first else [],
-            prompt_top=sequence.prompt_top if first else [],
-            queued_s=sequence.queued_s if first else None,
-        )
+        news = (request.id, result.token_ids[:taken], result.logprobs[:taken], finish, "", result.top[:taken])
+        if before > 0:
+            return TokenEvent(*news)
+        return TokenEvent(*news, sequence.prompt_logprobs, sequence.prompt_top, sequence.queued_s)
 
     def _publish(self, sequence: Sequence) -> None:
         """Put pages that are full and computed into the prefix index."""

@@ -46,9 +46,10 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """How many tokens could be computed next; 0 when the last is being sampled, or guesses are being verified."""
-        if self.generated + self.pending >= self.request.max_new_tokens:
+        known = len(self.tokens) + self.pending
+        if known - len(self.request.prompt_ids) >= self.request.max_new_tokens:
             return 0
-        return max(0, len(self.tokens) + self.pending - self.scheduled)
+        return max(0, known - self.scheduled)
 
     @property
     def scores_prompt(self) -> bool:

@@ -15,8 +15,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.dtype = weights.dtype
         table = weights.stored("weight", vocab_size, size)
-        kept = table.dtype if weights.device.type == "cpu" else weights.dtype
-        self.table = table.to(weights.device, kept, copy=True)
+        self.table = table.clone() if weights.device.type == "cpu" else weights.on_device(table)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: [tokens] int64. Returns a new [tokens, size] in the type of activations."""

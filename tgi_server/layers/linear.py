@@ -23,10 +23,11 @@ class Linear(nn.Module):
         parts = [
             weights.stored(f"{name}.weight", out, in_features) for name, out in zip(names, outs, strict=True)
         ]
-        matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
         if weights.device.type != "cpu":
-            matrix = matrix.to(weights.device, weights.dtype)
-        elif matrix.dtype != torch.bfloat16:
+            matrix = weights.on_device(*parts)
+        else:
+            matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if weights.device.type == "cpu" and matrix.dtype != torch.bfloat16:
             # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
             matrix = matrix.float()
         self.packed = pack_linear(matrix)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.errors import StartupError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,12 +31,14 @@ class Source(Protocol):
 class Weights:
     """A place in a checkpoint: `at("model").at("norm").parameter("weight", 64)` reads model.norm.weight.
 
-    `dtype` is the type of activations and of the KV cache; `Linear` decides what type its matrix has.
+    `dtype` is the type of activations; on CPUs `Linear` decides what type its matrix has. `transfer` takes large
+    tensors to a GPU.
     """
 
     checkpoint: Source
     device: torch.device
     dtype: torch.dtype
+    transfer: Transfer | None = None
     prefix: str = ""
 
     def at(self, *path: str | int) -> Weights:
@@ -50,6 +53,17 @@ class Weights:
     def parameter(self, leaf: str, *shape: int) -> Tensor:
         """A copy of a small tensor in `dtype`. Raises StartupError if its shape is not `shape`."""
         return self.stored(leaf, *shape).to(self.device, self.dtype, copy=True)
+
+    def on_device(self, *parts: Tensor) -> Tensor:
+        """The rows of stored tensors, one after the other, in `dtype` on the device."""
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        rows = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for part, to in zip(parts, rows.split([len(part) for part in parts]), strict=True):
+            if self.transfer is None or part.device == self.device:
+                to.copy_(part)
+            else:
+                self.transfer.copy(part, to)
+        return rows
 
     def stored(self, leaf: str, *shape: int) -> Tensor:
         """The tensor as the checkpoint holds it, a view of its file.

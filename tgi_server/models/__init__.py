@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.weights import Source, Weights
@@ -24,7 +25,7 @@ ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
 def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
 
-    `dtype` is the type of activations and of the KV cache. Raises StartupError if the architecture is not
+    `dtype` is the type of activations. Raises StartupError if the architecture is not
     supported, or if checkpoint and config do not fit.
     """
     load = ARCHITECTURES.get(config.model_type)
@@ -40,4 +41,8 @@ def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dt
             "bfloat16, float16 and float32 are served, take a checkpoint that is not quantised"
         )
     with torch.inference_mode():
-        return load(Weights(checkpoint, device, dtype), config).eval()
+        transfer = Transfer(device) if device.type == "cuda" else None
+        model = load(Weights(checkpoint, device, dtype, transfer), config).eval()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what is still on its way comes from memory that goes
+    return model
