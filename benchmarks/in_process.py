@@ -157,7 +157,7 @@ def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens:
 def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> InProcess:
     """The engine of `config` in this process."""
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
-    torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
+    torch.cuda.set_per_process_memory_fraction(config.memory_fraction)
     weights = (
         DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
     )

@@ -36,6 +36,10 @@ SETTINGS = (
 class AskingRig(Rig):
     """A rig whose requests say how they want their tokens."""
 
+    @property
+    def preemptions(self) -> int:
+        return self._scheduler.counts.preemptions
+
     def ask(self, requests: Sequence[GenerationRequest]) -> list[TokenEvent]:
         """Each request's events in one, in the order of requests."""
         for request in requests:
@@ -46,7 +50,6 @@ class AskingRig(Rig):
             plan = self._scheduler.plan()
             if plan.work:
                 self.steps.append([work.count for work in plan.work])
-                self.preemptions = max(self.preemptions, *(work.epoch for work in plan.work))
                 under_way.append((plan, self._runner.launch(plan)))
             if under_way and (len(under_way) > self._depth or not plan.work):
                 done, launched = under_way.popleft()

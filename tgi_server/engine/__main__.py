@@ -122,7 +122,7 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     model_config = ModelConfig.from_folder(config.model)
     with startup.phase("device"):
-        torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device)
+        torch.cuda.set_per_process_memory_fraction(config.memory_fraction)
         room = room_bytes(config.memory_fraction, device)
     config = _planned(config, model_config, room)
     with startup.phase("weights"):
