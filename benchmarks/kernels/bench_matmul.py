@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -79,11 +80,13 @@ def _sustained(report: Report, roofs: Roofs, weight: Tensor, tokens: int) -> Non
             )
         )
     for metric, ours, theirs in rates:
-        baseline = tera / time_sustained(theirs).median_s
+        # In turns: power allows less to whoever comes after a busy tenth of a second.
+        turns = [[time_sustained(call, 0.05).median_s for call in (theirs, ours)] for _ in range(3)]
+        baseline, value = (tera / median(seconds) for seconds in zip(*turns, strict=True))
         report.add(
             "matmul",
             case,
-            tera / time_sustained(ours).median_s,
+            value,
             metric=metric,
             unit="TFLOP/s",
             better="higher",
