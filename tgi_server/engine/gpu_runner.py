@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tgi_kernels.attention_cuda import attention_decode_workspace, attention_prefill_workspace
 from tgi_kernels.step import keep_ids
 from tgi_server.config import PAGE_TOKENS, EngineConfig
-from tgi_server.engine.batch import BatchBuilder, HostBatch, Ints
+from tgi_server.engine.batch import BatchBuilder, HostBatch
 from tgi_server.engine.cuda_errors import named_errors
 from tgi_server.engine.failures import OutOfDeviceMemory
 from tgi_server.engine.graphs import DecodeBuffers, DeviceState, capture_all
@@ -130,17 +129,14 @@ class GpuRunner:
         self._state.page_table[rows, : page_table.shape[1]] = page_table
         token_ids[fed_at] = self._state.last_ids[fed_rows]
         decoding = len(host.fed_at)
-        attend = self._attend(page_table, starts, lens, decoding, np.diff(host.query_starts))
+        attend = self._attend(page_table, starts, lens, decoding)
         return Batch(token_ids, positions.unsqueeze(0), slots, attend, logit_rows), sampling
 
-    def _attend(
-        self, page_table: Tensor, starts: Tensor, kv_lens: Tensor, decoding: int, counts: Ints
-    ) -> Attend:
+    def _attend(self, page_table: Tensor, starts: Tensor, kv_lens: Tensor, decoding: int) -> Attend:
         prompts = Prompts(
             page_table[decoding:],
             starts[decoding:] - decoding,
             kv_lens[decoding:],
-            int(counts[decoding:].max()),
             self._state.prefill_workspace,
         )
         if decoding == 0:

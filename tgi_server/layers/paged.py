@@ -46,7 +46,6 @@ class Prompts:
     page_table: Tensor  # [seqs, max_pages] int32
     query_starts: Tensor  # [seqs + 1] int32
     kv_lens: Tensor  # [seqs] int32
-    max_query_len: int
     workspace: Tensor  # of tgi_kernels.attention_cuda.attention_prefill_workspace
 
     def __call__(
