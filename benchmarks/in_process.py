@@ -134,7 +134,9 @@ class InProcess:
             self.finish()
 
 
-def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens: int) -> InProcess:
+def llama_8b_on_gpu(
+    max_sequences: int, max_total_tokens: int, max_batch_tokens: int, *, fp8_cache: bool = False
+) -> InProcess:
     """Random weights of Llama 3.1 8B's shape."""
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(LLAMA_3_1_8B), encoding="utf-8")
@@ -150,6 +152,7 @@ def llama_8b_on_gpu(max_sequences: int, max_total_tokens: int, max_batch_tokens:
             target_s=10.0,  # measure steps as they come, not as a latency target would cut them
             device="cuda",
             dummy_weights=True,
+            fp8_cache=fp8_cache,
         )
     )
 
