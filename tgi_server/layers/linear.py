@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tgi_kernels.matmul import linear, pack_linear
+from tgi_server.layers.product import load_product
 from tgi_server.layers.weights import Weights
 
 
@@ -19,23 +19,14 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> None:
         super().__init__()
-        parts = [
-            weights.stored(f"{name}.weight", out, in_features) for name, out in zip(names, outs, strict=True)
-        ]
-        matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if weights.device.type != "cpu":
-            matrix = matrix.to(weights.device, weights.dtype)
-        elif matrix.dtype != torch.bfloat16:
-            # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
-            matrix = matrix.float()
-        self.packed = pack_linear(matrix)
+        self.product = load_product(weights, names, in_features, outs)
         self.bias: Tensor | None = None
         if any(weights.has(f"{name}.bias") for name in names):
             self.bias = torch.cat([_bias(weights, name, out) for name, out in zip(names, outs, strict=True)])
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [tokens, in_features]. Returns [tokens, sum(outs)] in x's type: `out`, if given."""
-        return linear(x, self.packed, self.bias, out)
+        return self.product(x, self.bias, out)
 
 
 def _bias(weights: Weights, name: str, out: int) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_kernels.quant import QuantWeight
 from tgi_server.errors import StartupError
+from tgi_server.quantization.scheme import Scheme, covers
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,12 +33,14 @@ class Weights:
     """A place in a checkpoint: `at("model").at("norm").parameter("weight", 64)` reads model.norm.weight.
 
     `dtype` is the type of activations and of the KV cache; `Linear` decides what type its matrix has.
+    `scheme` is the format of the matrices that are quantised.
     """
 
     checkpoint: Source
     device: torch.device
     dtype: torch.dtype
     prefix: str = ""
+    scheme: Scheme | None = None
 
     def at(self, *path: str | int) -> Weights:
         return replace(self, prefix=self.name(".".join(map(str, path))))
@@ -50,6 +54,13 @@ class Weights:
     def parameter(self, leaf: str, *shape: int) -> Tensor:
         """A copy of a small tensor in `dtype`. Raises StartupError if its shape is not `shape`."""
         return self.stored(leaf, *shape).to(self.device, self.dtype, copy=True)
+
+    def matrix(self, leaf: str, out_features: int, in_features: int) -> Tensor | QuantWeight:
+        """Matrix `leaf`, dense as `stored` gives it, or quantised; [out_features, in_features]."""
+        name = self.name(leaf)
+        if self.scheme is not None and covers(self.scheme, self.checkpoint, name):
+            return self.scheme.read(self.checkpoint, name, out_features, in_features)
+        return self.stored(f"{leaf}.weight", out_features, in_features)
 
     def stored(self, leaf: str, *shape: int) -> Tensor:
         """The tensor as the checkpoint holds it, a view of its file.
