@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,54 +10,17 @@ from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
+from tgi_kernels.quant_cuda import PackedCuda, pack_cuda, quant_matmul
+from tgi_kernels.quant_weight import QuantWeight
 
-register_fakes("quant_linear")
+register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
 
 PANEL = 32  # output features that CPU kernels work on together
-STORED_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
-class QuantWeight:
-    """A matrix of small integers: weight[n, k] = (codes[n, k] - zeros[n, g]) · scales[n, g], g = k // group_size.
-
-    codes: [out_features, in_features] uint8, each below 2^bits. scales: [out_features, groups], float16 or
-    bfloat16. zeros: [out_features, groups] int16, from 0 to 2^bits. groups · group_size = in_features.
-    bits: 4 or 8; codes of fewer bits are stored as these.
-    order: [in_features] int64, the column of x that belongs to each column of codes; None: its own.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    group_size: int
-    bits: int
-    order: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        out_features, in_features = self.codes.shape
-        groups = in_features // self.group_size
-        if self.bits not in STORED_BITS or groups * self.group_size != in_features:
-            raise ValueError(
-                f"{in_features} columns of {self.bits} bits in groups of {self.group_size}: columns are stored in "
-                "4 or 8 bits, and groups have to cover them"
-            )
-        if groups > 1 and self.group_size % 8:
-            raise ValueError(
-                f"groups of {self.group_size} columns; a size is a multiple of 8, or all columns"
-            )
-        check_dtype("codes", self.codes, torch.uint8)
-        check_dtype("scales", self.scales, torch.float16, torch.bfloat16)
-        check_dtype("zeros", self.zeros, torch.int16)
-        check_shape("scales", self.scales, (out_features, groups))
-        check_shape("zeros", self.zeros, (out_features, groups))
-        if self.order is not None:
-            check_shape("order", self.order, (in_features,))
-
-
-@dataclass(frozen=True)
-class PackedQuant:
-    """A `QuantWeight` in the layout its device's kernels read; made by `pack_quant`."""
+class PackedCpu:
+    """A weight in the layout of the CPU kernels; made by `pack_quant`."""
 
     words: Tensor  # int32 [panels, in_features / codes of a word, 32]
     scales: Tensor  # float32 [panels, groups, 32]
@@ -70,40 +32,21 @@ class PackedQuant:
     order: Tensor | None
 
 
-def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
-    """The rows of several weights as one. All share bits, group size, order and the type of scales."""
-    first = parts[0]
-    return QuantWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat([part.zeros for part in parts]),
-        first.group_size,
-        first.bits,
-        first.order,
-    )
+PackedQuant = PackedCpu | PackedCuda
 
 
-def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
-    """The dense matrix [out_features, in_features], each weight rounded once; columns in the order of x.
+def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> PackedQuant:
+    """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
 
-    In float32 nothing is rounded: codes less zeros have at most 9 bits and scales 11.
+    dtype: of activations; on CPUs float32. Raises ValueError for what a GPU's kernels cannot hold.
     """
-    groups = weight.scales.shape[1]
-    codes = weight.codes.unflatten(1, (groups, weight.group_size)).short()
-    exact = (codes - weight.zeros.unsqueeze(2)).float() * weight.scales.float().unsqueeze(2)
-    dense: Tensor = exact.flatten(1).to(dtype)
-    return dense if weight.order is None else dense.index_select(1, weight.order.argsort())
-
-
-def pack_quant(weight: QuantWeight) -> PackedQuant:
-    """Lays a weight out for `quant_linear`, once, at load, on the weight's device."""
+    if weight.codes.is_cuda:
+        return pack_cuda(weight, dtype)
     out_features, in_features = weight.codes.shape
-    scales = _panels(weight.scales.float())
-    offsets = _panels(-weight.zeros.float() * weight.scales.float())
-    return PackedQuant(
+    return PackedCpu(
         _words(weight.codes, weight.bits),
-        scales,
-        offsets,
+        _panels(weight.scales.float()),
+        _panels(-weight.zeros.float() * weight.scales.float()),
         out_features,
         in_features,
         weight.group_size,
@@ -113,15 +56,20 @@ def pack_quant(weight: QuantWeight) -> PackedQuant:
 
 
 def quant_linear(
-    x: Tensor, packed: PackedQuant, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    packed: PackedQuant,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x · weightᵀ + bias.
 
-    x: [tokens, in_features] float32, rows contiguous. bias: [out_features] float32.
+    x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features] of x's dtype.
     out: [tokens, out_features], allocated when not given. Returns out.
-    The bits are those of `matmul.linear` with the matrix that `dequantise` gives in float32 (its columns and
-    those of x in the order of the codes), for any number of tokens and threads.
+    The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
+    those of x are in the order of the codes: for any number of tokens and threads.
     """
+    if isinstance(packed, PackedCuda):
+        return quant_matmul(x, packed, bias, out=out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     if out is None:
@@ -140,7 +88,7 @@ def quant_linear(
     return out
 
 
-def _check(x: Tensor, packed: PackedQuant, bias: Tensor | None) -> None:
+def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None) -> None:
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, torch.float32)
     if bias is not None:

@@ -308,7 +308,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _refused(
         "num-shard", "a server uses one device", "tensor-parallel-size", "-tp", "tp", neutral=("1",)
     ),
-    _refused("quantize", "a checkpoint's own config says how it is quantised; none is on loading", "quantization", "-q"),
+    _refused("quantize", "a checkpoint's config says how it is quantised", "quantization", "-q"),
     _refused("kv-cache-dtype", "the KV cache has the type of the activations", neutral=("auto",)),
     _refused("weights-cache-override", "give that folder as --model-id"),
     _refused("rope-scaling", "write it into the model's config.json"),

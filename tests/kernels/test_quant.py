@@ -9,7 +9,8 @@ from tests.kernels.compare import assert_near, assert_same_bits, normal, poisone
 from tgi_kernels import cpu
 from tgi_kernels._library import ops
 from tgi_kernels.matmul import linear, pack_linear
-from tgi_kernels.quant import QuantWeight, dequantise, pack_quant, quant_linear
+from tgi_kernels.quant import pack_quant, quant_linear
+from tgi_kernels.quant_weight import QuantWeight, dequantise
 from tgi_kernels.reference import quant as oracle
 
 TOKENS = [0, 1, 2, 5, 6, 7, 16, 33, 241]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.quantization import writers
-from tgi_kernels.quant import dequantise
+from tgi_kernels.quant_weight import dequantise
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import FORMATS, scheme_of
 from tgi_server.quantization.scheme import covers

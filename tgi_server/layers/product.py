@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.matmul import linear, pack_linear
-from tgi_kernels.quant import QuantWeight, pack_quant, quant_linear, stack
+from tgi_kernels.quant import pack_quant, quant_linear
+from tgi_kernels.quant_weight import QuantWeight, stack
 from tgi_server.layers.weights import Weights
 
 
@@ -39,8 +40,9 @@ class Dense:
 class Quantised:
     """Matrices of a few bits, all with the same grouping of columns."""
 
-    def __init__(self, parts: Sequence[QuantWeight]) -> None:
-        self.packed = pack_quant(stack(parts) if len(parts) > 1 else parts[0])
+    def __init__(self, weights: Weights, parts: Sequence[QuantWeight]) -> None:
+        whole = stack(parts) if len(parts) > 1 else parts[0]
+        self.packed = pack_quant(whole.to(weights.device), weights.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         return quant_linear(x, self.packed, bias, out)
@@ -78,7 +80,9 @@ def _product(weights: Weights, run: Sequence[Tensor | QuantWeight]) -> Product:
     """Of matrices that fit together."""
     dense = [matrix for matrix in run if isinstance(matrix, Tensor)]
     return (
-        Dense(weights, dense) if dense else Quantised([part for part in run if isinstance(part, QuantWeight)])
+        Dense(weights, dense)
+        if dense
+        else Quantised(weights, [part for part in run if isinstance(part, QuantWeight)])
     )
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tgi_kernels.quant import QuantWeight
+from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 from tgi_server.quantization.scheme import Scheme, covers
 

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tgi_kernels.quant import QuantWeight
+from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 from tgi_server.quantization.scheme import (
     Section,

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tgi_kernels.quant import QuantWeight
+from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 
 Section = Mapping[str, object]  # the part of a config that speaks of quantisation
