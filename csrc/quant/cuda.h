@@ -29,6 +29,7 @@ struct QuantMatmulParams {
   QuantMatrix weight;
   int tokens;
   int64_t out_stride, x_stride, residual_stride;
+  bool is_wide;  // rows, out and residual start on 4 elements, and their strides are whole 4 elements
 };
 
 // Hopper only. x starts on 16 bytes, its rows lie multiples of 16 bytes apart. group_size is a multiple of

@@ -49,6 +49,13 @@ __device__ __forceinline__ To as(const From& from) {
   return *reinterpret_cast<const To*>(&from);
 }
 
+// (bits & mask) | rest, in one instruction: the compiler would take two where both are constants.
+__device__ __forceinline__ uint32_t merged(uint32_t bits, uint32_t mask, uint32_t rest) {
+  uint32_t to;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(to) : "r"(bits), "r"(mask), "r"(rest));
+  return to;
+}
+
 template <typename S>
 __device__ __forceinline__ float scale_of(uint32_t pair) {
   return to_float(as<S>(static_cast<uint16_t>(pair)));
@@ -82,7 +89,7 @@ struct Widener<T, S, 4> {
   __device__ __forceinline__ void widen(uint32_t (&to)[4], const uint32_t* word) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t code = ((*word >> (4 * i)) & 0x000f000fu) | kMagic;
+      const uint32_t code = merged(*word >> (4 * i), 0x000f000fu, kMagic);
       const Two exact = __hsub2(as<Two>(code), zero[i & 1]);
       if constexpr (kSplit) {
         to[i] = as<uint32_t>(__hfma2(exact, scale[i & 1], __hmul2(exact, rest[i & 1])));

@@ -32,6 +32,11 @@ QuantMatrix matrix_of(const Tensor& words, const Tensor& pairs, int64_t bits, in
           .scale_dtype = half_scales ? DType::f16 : DType::bf16};
 }
 
+// Whether groups of four elements can be accessed at once.
+bool is_quads(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 8 == 0 && tensor.stride(0) % 4 == 0;
+}
+
 void quant_matmul_cuda(const Tensor& x, const Tensor& words, const Tensor& pairs, int64_t bits,
                        int64_t group_size, bool half_scales, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual, const Tensor& out) {
@@ -52,20 +57,22 @@ void quant_matmul_cuda(const Tensor& x, const Tensor& words, const Tensor& pairs
     check_rows(*residual, x, "residual");
     check_shape(*residual, {tokens, rows}, "residual");
   }
-  check_launch(quant_matmul(
-                   QuantMatmulParams{
-                       .out = out.mutable_data_ptr(),
-                       .x = x.const_data_ptr(),
-                       .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
-                       .residual = residual.has_value() ? residual->const_data_ptr() : nullptr,
-                       .weight = matrix_of(words, pairs, bits, group_size, half_scales, rows, columns),
-                       .tokens = static_cast<int>(tokens),
-                       .out_stride = out.stride(0),
-                       .x_stride = x.stride(0),
-                       .residual_stride = residual.has_value() ? residual->stride(0) : 0,
-                   },
-                   dtype_of(x, "x"), stream_of(x)),
-               "quant_matmul");
+  check_launch(
+      quant_matmul(
+          QuantMatmulParams{
+              .out = out.mutable_data_ptr(),
+              .x = x.const_data_ptr(),
+              .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
+              .residual = residual.has_value() ? residual->const_data_ptr() : nullptr,
+              .weight = matrix_of(words, pairs, bits, group_size, half_scales, rows, columns),
+              .tokens = static_cast<int>(tokens),
+              .out_stride = out.stride(0),
+              .x_stride = x.stride(0),
+              .residual_stride = residual.has_value() ? residual->stride(0) : 0,
+              .is_wide = rows % 4 == 0 && is_quads(out) && (!residual.has_value() || is_quads(*residual)),
+          },
+          dtype_of(x, "x"), stream_of(x)),
+      "quant_matmul");
 #else
   check(false, "quant_matmul was not built: this build has no code for Hopper (TGI_CUDA_ARCHS=90a)");
 #endif

@@ -5,11 +5,12 @@
 // order: the bits are those of the dense product of the dequantised matrix, for every number of tokens and
 // every tiling. docs/kernels/quant_matmul.md.
 //
-//   producer:  | weights, pairs 0 … s-1 | wait for the previous kernel | x 0 … s-1 | all of s, s+1, … as
+//   producers: | weights, pairs 0 … s-1 | wait for the previous kernel | x 0 … s-1 | all of s, s+1, … as
 //   slots free | warpgroup: | wait slot → 16 bytes a lane → widen piece p while piece p - 1 multiplies → 4
 //   products | … | epilogue |
 #include "common/dispatch.cuh"
 #include "common/hopper.cuh"
+#include "common/mma.cuh"
 #include "common/pdl.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
@@ -24,12 +25,10 @@ namespace {
 
 constexpr int kWarpgroup = 128;
 constexpr int kMaxWarpgroups = 2;
-// Large blocks need more registers than an even share: their producer is a whole warpgroup that gives up its
-// own.
+constexpr int kMaxThreads = (kMaxWarpgroups + 1) * kWarpgroup;  // the last are the producers
+// Large blocks need more registers than an even share: the producers give up theirs.
 template <int kTokens>
 constexpr bool kUneven = kTokens > 64;
-template <int kTokens>
-constexpr int kProducerThreads = kUneven<kTokens> ? kWarpgroup : 32;
 constexpr int kRowBytes = 128;  // of a piece of x
 constexpr int kMaxStages = 16;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps x on the swizzle's 1024 bytes
@@ -92,93 +91,155 @@ struct Tile {
   }
 };
 
+// Four warps fill the ring, one thread of each: a copy takes a thread about 0.2 µs to ask for, so one thread
+// for all would be slower than memory (H200, 4096 x 4096, one token: 16 µs with one).
+enum class Load { words, x, pairs, more_words };  // of the first warpgroup, for all, for all, of the second
+
 template <int kTokens, int kBits>
 struct Producer {
   const CUtensorMap* x_map;
   const QuantMatmulParams& p;
   const Tiling& t;
   const Slots& s;
-  uint64_t policy = evict_first();
+  const Load load;
+  int block = 0;  // of tokens
+  int64_t strip = 0;
+  int group = 0,
+      group_end = 0;  // group of columns of the next stage's first column; the first column after it
 
-  // Weights and pairs of one stage; x is told of.
-  __device__ __forceinline__ void load_weights(int slot, const Tile& tile, int step) const {
+  __device__ __forceinline__ void enter_tile(const Tile& tile) {
+    block = tile.block;
+    strip = static_cast<int64_t>(tile.rows) * t.warpgroups;
+    group = 0;
+    group_end = p.weight.group_size;
+  }
+
+  // Asks for this thread's part of a stage.
+  __device__ __forceinline__ void fill(int slot, int step, uint64_t policy) {
     const QuantMatrix& w = p.weight;
-    const int first = step * t.stage_pieces, pieces = min(t.stage_pieces, t.pieces - first);
-    const int group = first * kPiece / w.group_size;
-    const int groups =
-        (min((first + pieces) * kPiece, w.groups * w.group_size) - 1) / w.group_size - group + 1;
-    const int words = pieces * kPieceBytes<kBits>, pairs = groups * kPairsBytes;
     const uint32_t barrier = s.full + 8 * slot;
-    barrier_arrive_expecting(barrier, s.x + t.warpgroups * (words + pairs));
+    const int first = step * t.stage_pieces;
+    if (load == Load::x) {  // pieces past the last column arrive as zeros
+      const bool whole = w.columns % kPiece == 0;
+      copy_box(s.at(slot), x_map, whole ? 0 : first * kPiece, block * kTokens, whole ? first : 0, barrier);
+      return;
+    }
+    const int pieces = min(t.stage_pieces, t.pieces - first), end = (first + pieces) * kPiece;
+    const int words_bytes = pieces * kPieceBytes<kBits>;
+    if (load == Load::more_words) {
+      copy_words(slot, 1, first, words_bytes, policy);
+      return;
+    }
+    const int from = group;
+    int groups = 1;
+    for (; group_end < end; group_end += w.group_size) ++groups;
+    group += groups - 1;
+    if (group_end == end) {
+      ++group;
+      group_end += w.group_size;
+    }
+    const int pairs_bytes = groups * kPairsBytes;
+    if (load == Load::words) {
+      barrier_arrive_expecting(barrier, s.x + t.warpgroups * (words_bytes + pairs_bytes));
+      copy_words(slot, 0, first, words_bytes, policy);
+      return;
+    }
     for (int g = 0; g < t.warpgroups; ++g) {
-      const int64_t strip = tile.rows * t.warpgroups + g;
-      copy_bytes(s.words_of(slot, g),
-                 static_cast<const uint8_t*>(w.words) + (strip * t.pieces + first) * kPieceBytes<kBits>,
-                 words, barrier, policy);
       copy_bytes(s.pairs_of(slot, t.warpgroups, g),
-                 static_cast<const uint8_t*>(w.scales) + (strip * w.groups + group) * kPairsBytes, pairs,
-                 barrier, policy);
+                 static_cast<const uint8_t*>(w.scales) + ((strip + g) * w.groups + from) * kPairsBytes,
+                 pairs_bytes, barrier, policy);
     }
   }
 
-  // Pieces past the last column arrive as zeros.
-  __device__ __forceinline__ void load_x(int slot, const Tile& tile, int step) const {
-    const bool whole = p.weight.columns % kPiece == 0;
-    copy_box(s.at(slot), x_map, whole ? 0 : step * kPiece, tile.block * kTokens,
-             whole ? step * t.stage_pieces : 0, s.full + 8 * slot);
+  __device__ __forceinline__ void copy_words(int slot, int g, int first, int bytes, uint64_t policy) const {
+    copy_bytes(
+        s.words_of(slot, g),
+        static_cast<const uint8_t*>(p.weight.words) + ((strip + g) * t.pieces + first) * kPieceBytes<kBits>,
+        bytes, s.full + 8 * slot, policy);
   }
 
-  __device__ __forceinline__ void run() const {
-    const int all = t.tiles * t.token_blocks;
-    int number = blockIdx.x, step = 0;
-    const auto next = [&] {
-      if (++step < t.steps) return;
-      step = 0;
-      number += gridDim.x;
-    };
-    // The weights are older than this step: the first ring of them travels while the previous kernel ends.
-    int ahead = 0;
-    for (; ahead < t.stages && number < all; ++ahead, next()) load_weights(ahead, Tile(number, t), step);
-    wait_for_previous();
-    int late_number = blockIdx.x, late_step = 0;
-    for (int i = 0; i < ahead; ++i) {
-      load_x(i, Tile(late_number, t), late_step);
-      if (++late_step == t.steps) late_step = 0, late_number += gridDim.x;
-    }
+  // The weights are older than this step: the first ring of them travels while the previous kernel ends.
+  __device__ __forceinline__ void run() {
+    const uint64_t policy = evict_first();
+    bool has_waited = load == Load::x;
+    if (has_waited) wait_for_previous();
     Cursor at;
-    for (; number < all; next(), at.advance(t.stages)) {
-      const Tile tile(number, t);
-      barrier_wait(s.empty + 8 * at.slot, at.parity);
-      load_weights(at.slot, tile, step);
-      load_x(at.slot, tile, step);
+    int filled = 0;
+    if (load == Load::more_words && t.warpgroups == 1) return wait_for_previous();
+    for (int number = blockIdx.x; number < t.tiles * t.token_blocks; number += gridDim.x) {
+      enter_tile(Tile(number, t));
+      for (int step = 0; step < t.steps; ++step, at.advance(t.stages)) {
+        if (filled < t.stages) {
+          ++filled;
+        } else {
+          if (!has_waited) wait_for_previous();
+          has_waited = true;
+          barrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
+        }
+        fill(at.slot, step, policy);
+      }
     }
+    if (!has_waited) wait_for_previous();
   }
 };
 
+// An 8 × 8 matrix of 16-bit elements, two of a row in each lane, transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t two) {
+  uint32_t to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(two));
+  return to;
+}
+
 // Adds bias and residual to a warpgroup's products and stores them. Accumulator 4j + 2h + e is of row 16 ·
-// warp + lane / 4 + 8h of the strip and of token 8j + 2 (lane % 4) + e of the block.
+// warp + lane / 4 + 8h of the strip and of token 8j + 2 (lane % 4) + e of the block; they change places, so
+// that a lane has four features of one token and a warp writes whole sectors: memory takes parts of them at a
+// fifth of its speed.
 template <typename T, int kTokens>
 __device__ __forceinline__ void finish(const QuantMatmulParams& p, int strip, int block,
                                        const float (&d)[kTokens / 2]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
-  const int row = strip * kStrip + warp * 16 + lane / 4, first = block * kTokens + lane % 4 * 2;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int row = strip * kStrip + threadIdx.x % kWarpgroup / 32 * 16;
+  const int feature = row + quad * 4, features = p.weight.rows;
+  float bias[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int feature = row + 8 * h;
-    if (feature >= p.weight.rows) continue;
-    const float bias = p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[feature]) : 0.0f;
+    const int of = row + lane / 4 + 8 * h;
+    bias[h] = p.bias != nullptr && of < features ? to_float(static_cast<const T*>(p.bias)[of]) : 0.0f;
+  }
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
+  for (int j = 0; j < kTokens / 8; ++j) {
+    uint32_t half[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int token = first + 8 * j + e;
-        if (token >= p.tokens) continue;
-        float y = rounded<T>(d[4 * j + 2 * h + e] + bias);
-        if (p.residual != nullptr) {
-          y += to_float(static_cast<const T*>(p.residual)[token * p.residual_stride + feature]);
-        }
-        static_cast<T*>(p.out)[token * p.out_stride + feature] = from_float<T>(y);
+    for (int h = 0; h < 2; ++h)
+      half[h] = transposed(pack<T>(d[4 * j + 2 * h] + bias[h], d[4 * j + 2 * h + 1] + bias[h]));
+    uint32_t y[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int from = lane / 4 * 4 + quad % 2 * 2 + i;
+      const uint32_t low = __shfl_sync(~0u, half[0], from), high = __shfl_sync(~0u, half[1], from);
+      y[i] = quad < 2 ? low : high;
+    }
+    const int token = block * kTokens + 8 * j + lane / 4;
+    if (token >= p.tokens) continue;
+    T* to = static_cast<T*>(p.out) + token * p.out_stride + feature;
+    const T* residual = static_cast<const T*>(p.residual) + token * p.residual_stride + feature;
+    if (p.is_wide && feature < features) {
+      if (p.residual != nullptr) {
+        const uint2 more = *reinterpret_cast<const uint2*>(residual);
+        const float2 a = unpack<T>(y[0]), b = unpack<T>(y[1]), c = unpack<T>(more.x), e = unpack<T>(more.y);
+        y[0] = pack<T>(a.x + c.x, a.y + c.y);
+        y[1] = pack<T>(b.x + e.x, b.y + e.y);
       }
+      *reinterpret_cast<uint2*>(to) = make_uint2(y[0], y[1]);
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (feature + i >= features) break;
+      const float2 two = unpack<T>(y[i / 2]);
+      float one = i % 2 == 0 ? two.x : two.y;
+      if (p.residual != nullptr) one += to_float(residual[i]);
+      to[i] = from_float<T>(one);
     }
   }
 }
@@ -207,25 +268,29 @@ struct Consumer {
     }
   }
 
-  // Widens the next piece into `to`, whose last products have ended.
-  __device__ __forceinline__ void widen(uint32_t (&to)[4][4]) {
-    using Lane = Widener<T, S, kBits>;
-    constexpr int kSteps = 4 / Lane::kWords;
-    uint32_t word[4];
+  __device__ __forceinline__ void enter_group() {
+    group_steps = p.weight.group_size / 16;
+    load_pairs();
+    pairs += kPairsBytes;
+  }
+
+  static constexpr int kLoads = Widener<T, S, kBits>::kWords;  // of 16 bytes, for a piece
+
+  // Widens a piece into `to`, whose last products have ended.
+  __device__ __forceinline__ void widen(uint32_t (&to)[4][4], const uint32_t (&word)[kLoads][4]) {
+    const auto step_words = [&](int step) { return &word[0][0] + step * kLoads; };
+    if (group_steps == 0) enter_group();
+    if (group_steps >= 4) {  // four steps side by side: a lane waits for none of its own results
+      group_steps -= 4;
+#pragma unroll
+      for (int step = 0; step < 4; ++step) lane.widen(to[step], step_words(step));
+      return;
+    }
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      if (step % kSteps == 0) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                     : "r"(words + step / kSteps * kWarpgroup * 16));
-      }
-      if (group_steps == 0) {
-        group_steps = p.weight.group_size / 16;
-        load_pairs();
-        pairs += kPairsBytes;
-      }
+      if (group_steps == 0) enter_group();
       --group_steps;
-      lane.widen(to[step], word + step % kSteps * Lane::kWords);
+      lane.widen(to[step], step_words(step));
     }
   }
 
@@ -252,22 +317,27 @@ struct Consumer {
   // `pairs` goes to the pairs of the stage's first group that this strip has not loaded yet.
   __device__ __forceinline__ void enter_stage(int warpgroup) {
     const int warp = threadIdx.x % kWarpgroup / 32, lane_row = threadIdx.x % 32 / 4;
-    const int first_group = first * kPiece / p.weight.group_size;
-    const int next_group = (first * kPiece + group_steps * 16) / p.weight.group_size;
     left = min(t.stage_pieces, t.pieces - first);
     first += left;
     x = s.at(at.slot);
     words = s.words_of(at.slot, warpgroup) + threadIdx.x % kWarpgroup * 16;
-    pairs = s.pairs_of(at.slot, t.warpgroups, warpgroup) + (next_group - first_group) * kPairsBytes +
+    pairs = s.pairs_of(at.slot, t.warpgroups, warpgroup) + (group_steps > 0 ? kPairsBytes : 0) +
             (warp * 16 + lane_row) * 4;
     barrier_wait(s.full + 8 * at.slot, at.parity);
   }
 
   __device__ __forceinline__ void run_piece(uint32_t (&a)[4][4], int warpgroup) {
     if (left == 0) enter_stage(warpgroup);
+    uint32_t word[kLoads][4];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[i][0]), "=r"(word[i][1]), "=r"(word[i][2]), "=r"(word[i][3])
+                   : "r"(words + i * kWarpgroup * 16));
+    }
     products_wait<1>();
     release();
-    widen(a);
+    widen(a, word);
     multiply(a);
     words += kPieceBytes<kBits>;
     x += s.x_piece;
@@ -293,9 +363,129 @@ struct Consumer {
   }
 };
 
+// The same for few tokens, warp by warp: nobody waits for three others, and the chain of products is no
+// longer than the work of widening (H200, 4096 x 4096, one token: FIGURE).
 template <typename T, typename S, int kBits, int kTokens>
-__global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup + kProducerThreads<kTokens>,
-                                  kUneven<kTokens> ? 1 : 2)
+struct FewTokens {
+  static constexpr int kLoads = Widener<T, S, kBits>::kWords;
+  static constexpr int kBlocks = kTokens / 8;
+  const QuantMatmulParams& p;
+  const Tiling& t;
+  const Slots& s;
+  Widener<T, S, kBits> widener;
+  float d[kTokens / 2];
+  Cursor at;
+  int group_steps;
+
+  __device__ __forceinline__ void enter_group(uint32_t& pairs) {
+    group_steps = p.weight.group_size / 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t pair;
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(pairs + 32 * h));
+      widener.load(h, pair);
+    }
+    pairs += kPairsBytes;
+  }
+
+  // Operands of a piece: fragments of weights by step, of x by half.
+  struct Operands {
+    uint32_t a[4][4], b[2][kBlocks][4];
+  };
+
+  __device__ __forceinline__ void multiply(const Operands& of) {
+    float (*const sums)[4] = reinterpret_cast<float (*)[4]>(d);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        mma<T>(sums[j], of.a[step], of.b[step / 2][j][step % 2 * 2], of.b[step / 2][j][step % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Where few products wait for each other, those of the piece before run between the instructions that widen
+  // this one.
+  static constexpr bool kDelays = kBlocks <= 2;
+
+  __device__ __forceinline__ void run_piece(uint32_t words, uint32_t x, const uint32_t (&x_lane)[2],
+                                            uint32_t& pairs, Operands& before) {
+    uint32_t word[kLoads][4];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[i][0]), "=r"(word[i][1]), "=r"(word[i][2]), "=r"(word[i][3])
+                   : "r"(words + i * kWarpgroup * 16));
+    }
+    if (group_steps == 0) enter_group(pairs);
+    Operands now;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) load_matrices(now.b[half][j], x + j * 8 * kRowBytes + x_lane[half]);
+    }
+    if (group_steps >= 4) {  // four steps side by side: a lane waits for none of its own results
+      group_steps -= 4;
+      if constexpr (kDelays) multiply(before);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) widener.widen(now.a[step], &word[0][0] + step * kLoads);
+    } else {
+      if constexpr (kDelays) multiply(before);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        if (group_steps == 0) enter_group(pairs);
+        --group_steps;
+        widener.widen(now.a[step], &word[0][0] + step * kLoads);
+      }
+    }
+    if constexpr (kDelays) {
+      before = now;
+    } else {
+      multiply(now);
+    }
+  }
+
+  __device__ __forceinline__ void run_tile(int warpgroup, const Tile& tile) {
+    const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    const uint32_t token = lane % 8, chunk = lane / 8;
+    const uint32_t x_lane[2] = {token * kRowBytes + ((chunk ^ token) << 4),
+                                token * kRowBytes + (((4 + chunk) ^ token) << 4)};
+    group_steps = 0;
+#pragma unroll
+    for (float& sum : d) sum = 0.0f;
+    Operands before{};  // zeros, which change no sum
+    for (int first = 0; first < t.pieces; first += t.stage_pieces) {
+      const int pieces = min(t.stage_pieces, t.pieces - first);
+      uint32_t words = s.words_of(at.slot, warpgroup) + threadIdx.x % kWarpgroup * 16, x = s.at(at.slot);
+      uint32_t pairs = s.pairs_of(at.slot, t.warpgroups, warpgroup) + (group_steps > 0 ? kPairsBytes : 0) +
+                       (warp * 16 + lane / 4) * 4;
+      barrier_wait(s.full + 8 * at.slot, at.parity);
+#pragma unroll 4
+      for (int piece = 0; piece < pieces; ++piece) {
+        run_piece(words, x, x_lane, pairs, before);
+        words += kPieceBytes<kBits>;
+        x += s.x_piece;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.empty + 8 * at.slot);
+      at.advance(t.stages);
+    }
+    if constexpr (kDelays) multiply(before);
+    finish<T, kTokens>(p, tile.rows * t.warpgroups + warpgroup, tile.block, d);
+  }
+};
+
+template <bool kFirst, typename First, typename Second>
+struct OneOf {
+  using type = First;
+};
+template <typename First, typename Second>
+struct OneOf<false, First, Second> {
+  using type = Second;
+};
+
+template <typename T, typename S, int kBits, int kTokens>
+__global__ void __launch_bounds__(kMaxThreads, kTokens > 8 ? 1 : 2)
     quant_matmul_kernel(const __grid_constant__ CUtensorMap x_map, const QuantMatmulParams p,
                         const Tiling t) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -313,8 +503,9 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup + kProducerThreads<
   __syncthreads();
   if (warpgroup == t.warpgroups) {
     if constexpr (kUneven<kTokens>) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == t.warpgroups * kWarpgroup) {
-      Producer<kTokens, kBits>{&x_map, p, t, slots}.run();
+    if (threadIdx.x % 32 == 0) {
+      const auto load = static_cast<Load>(threadIdx.x % kWarpgroup / 32);
+      Producer<kTokens, kBits>{.x_map = &x_map, .p = p, .t = t, .s = slots, .load = load}.run();
     } else {
       wait_for_previous();
     }
@@ -322,9 +513,11 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup + kProducerThreads<
   }
   if constexpr (kUneven<kTokens>) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   wait_for_previous();
-  Consumer<T, S, kBits, kTokens> consumer{p, t, slots};
+  using Worker =
+      typename OneOf<(kTokens > 64), Consumer<T, S, kBits, kTokens>, FewTokens<T, S, kBits, kTokens>>::type;
+  Worker worker{.p = p, .t = t, .s = slots};
   for (int number = blockIdx.x; number < t.tiles * t.token_blocks; number += gridDim.x) {
-    consumer.run_tile(warpgroup, Tile(number, t));
+    worker.run_tile(warpgroup, Tile(number, t));
   }
 }
 
@@ -338,8 +531,9 @@ struct Shape {
   int tokens, warpgroups;
 };
 
-// The block of tokens and number of strips that end first; bits do not depend on them. A k16 step of a tile
-// takes tokens / 2 cycles of the tensor cores for each warpgroup, and about 24 of its instructions.
+// The block of tokens and number of strips that end first; bits do not depend on them. A piece of a tile
+// takes about as many cycles as its products, but no fewer than its weights take to be widened (H200: see
+// docs).
 Shape shape_for(int tokens, int strips, int sms) {
   const int most = strips % 2 == 0 ? kMaxWarpgroups : 1;
   if (tokens <= 64) return {tokens, strips > sms ? most : 1};
@@ -348,7 +542,8 @@ Shape shape_for(int tokens, int strips, int sms) {
   for (const int block : {64, 128, 256}) {
     for (int warpgroups = 1; warpgroups <= most; ++warpgroups) {
       const int64_t tiles = static_cast<int64_t>(strips / warpgroups) * ((tokens + block - 1) / block);
-      const int64_t cost = (tiles + sms - 1) / sms * warpgroups * (block / 2 > 24 ? block / 2 : 24);
+      const int cycles = block == 64 ? 250 + 50 * warpgroups : 100 + 400 * warpgroups * block / 256 * 4 / 3;
+      const int64_t cost = (tiles + sms - 1) / sms * cycles;
       if (best_cost >= 0 && cost > best_cost) continue;
       best_cost = cost;
       best = {block, warpgroups};
@@ -367,7 +562,7 @@ Tiling tiling_for(const QuantMatmulParams& p, int warpgroups, int* shared_bytes)
   t.token_blocks = (p.tokens + kTokens - 1) / kTokens;
   t.band = 2048 / kTokens;
   t.pieces = (w.columns + kPiece - 1) / kPiece;
-  t.stage_pieces = !whole || kTokens > 64 ? 1 : kTokens > 16 ? 2 : 4;
+  t.stage_pieces = !whole || kTokens > 64 ? 1 : kTokens > 16 ? 2 : 32 / kBits / warpgroups;
   t.steps = (t.pieces + t.stage_pieces - 1) / t.stage_pieces;
   t.stage_groups = min(w.groups, (t.stage_pieces * kPiece - 1) / w.group_size + 2);
   const int stage = t.stage_pieces * kTokens * kRowBytes +
@@ -399,8 +594,7 @@ cudaError_t launch_matmul(const QuantMatmulParams& p, int warpgroups, int sms, c
     return error;
   }
   const dim3 grid(static_cast<unsigned>(min(t.tiles * t.token_blocks, sms)));
-  return launch(kernel, grid, warpgroups * kWarpgroup + kProducerThreads<kTokens>, shared_bytes, stream,
-                x_map, p, t);
+  return launch(kernel, grid, (warpgroups + 1) * kWarpgroup, shared_bytes, stream, x_map, p, t);
 }
 
 }  // namespace
