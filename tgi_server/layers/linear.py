@@ -19,6 +19,8 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> None:
         super().__init__()
+        self.names = tuple(weights.name(name) for name in names)
+        self.in_features, self.outs = in_features, tuple(outs)
         self.product = load_product(weights, names, in_features, outs)
         self.bias: Tensor | None = None
         if any(weights.has(f"{name}.bias") for name in names):

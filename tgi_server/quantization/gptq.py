@@ -21,6 +21,7 @@ from tgi_server.quantization.scheme import (
     choice,
     group_count,
     group_size_of,
+    pack_stream,
     read_as,
     read_scales,
     stored_bits,
@@ -55,6 +56,31 @@ class Gptq:
             orders_columns=choice(section, "desc_act", (True, False), False, where) is True,
             zero_shift=0 if version == "gptq_v2" else 1,
         )
+
+    def section(self) -> dict[str, object]:
+        """The `quantization_config` that says this."""
+        return {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.is_symmetric,
+            "desc_act": self.orders_columns,
+            "lm_head": False,
+            "checkpoint_format": "gptq" if self.zero_shift else "gptq_v2",
+            "pack_dtype": "int32",
+        }
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> dict[str, Tensor]:
+        """A matrix as it is stored, by leaf.
+
+        codes: [out, in] uint8. scales, zeros: [out, groups] float16 and int16. group_of: [in], of each column.
+        """
+        return {
+            "qweight": pack_stream(codes, self.bits).T.contiguous(),
+            "qzeros": pack_stream((zeros.T - self.zero_shift).to(torch.uint8), self.bits),
+            "scales": scales.T.contiguous(),
+            "g_idx": group_of.int(),
+        }
 
     @property
     def title(self) -> str:

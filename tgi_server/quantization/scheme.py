@@ -127,6 +127,19 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
     return ((pairs[:, first // 32] >> (first % 32)) & ((1 << bits) - 1)).to(torch.uint8)
 
 
+def pack_stream(codes: Tensor, bits: int) -> Tensor:
+    """The reverse of `unpack_stream`: [rows, count] uint8 to [rows, ⌈count · bits / 32⌉] int32."""
+    rows, count = codes.shape
+    words = torch.zeros(rows, -(-count * bits // 32) + 1, dtype=torch.int64)
+    for i in range(count):
+        word, shift = divmod(i * bits, 32)
+        code = codes[:, i].long() << shift
+        words[:, word] |= code & 0xFFFFFFFF
+        words[:, word + 1] |= code >> 32
+    words = words[:, :-1]
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
 def choice(section: Section, key: str, allowed: tuple[object, ...], default: object, where: str) -> object:
     """section[key], one of `allowed`."""
     value = section.get(key, default)
