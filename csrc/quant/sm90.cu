@@ -91,8 +91,8 @@ struct Tile {
   }
 };
 
-// Four warps fill the ring, one thread of each: a copy takes a thread about 0.2 µs to ask for, so one thread
-// for all would be slower than memory (H200, 4096 x 4096, one token: 16 µs with one).
+// Four warps fill the ring, one thread of each: asking for copies takes a thread longer than memory takes to
+// bring them (H200, one token, in a chain: 4096 x 4096 16.0 → 13.8 µs, 14336 x 4096 64.4 → 56.8).
 enum class Load { words, x, pairs, more_words };  // of the first warpgroup, for all, for all, of the second
 
 template <int kTokens, int kBits>
@@ -363,8 +363,8 @@ struct Consumer {
   }
 };
 
-// The same for few tokens, warp by warp: nobody waits for three others, and the chain of products is no
-// longer than the work of widening (H200, 4096 x 4096, one token: FIGURE).
+// The same for few tokens, warp by warp: nobody waits for three others (H200, one token, in a chain: 4096 x
+// 28672 63.8 → 43.4 µs, 14336 x 4096 76.8 → 64.4; 64 tokens: 59.3 → 82.5, so they stay with the warpgroups).
 template <typename T, typename S, int kBits, int kTokens>
 struct FewTokens {
   static constexpr int kLoads = Widener<T, S, kBits>::kWords;
@@ -404,10 +404,7 @@ struct FewTokens {
     }
   }
 
-  // Where few products wait for each other, those of the piece before run between the instructions that widen
-  // this one.
-  static constexpr bool kDelays = kBlocks <= 2;
-
+  // Widens a piece; the products of the one before run between its instructions, as they wait for each other.
   __device__ __forceinline__ void run_piece(uint32_t words, uint32_t x, const uint32_t (&x_lane)[2],
                                             uint32_t& pairs, Operands& before) {
     uint32_t word[kLoads][4];
@@ -426,11 +423,11 @@ struct FewTokens {
     }
     if (group_steps >= 4) {  // four steps side by side: a lane waits for none of its own results
       group_steps -= 4;
-      if constexpr (kDelays) multiply(before);
+      multiply(before);
 #pragma unroll
       for (int step = 0; step < 4; ++step) widener.widen(now.a[step], &word[0][0] + step * kLoads);
     } else {
-      if constexpr (kDelays) multiply(before);
+      multiply(before);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         if (group_steps == 0) enter_group(pairs);
@@ -438,11 +435,7 @@ struct FewTokens {
         widener.widen(now.a[step], &word[0][0] + step * kLoads);
       }
     }
-    if constexpr (kDelays) {
-      before = now;
-    } else {
-      multiply(now);
-    }
+    before = now;
   }
 
   __device__ __forceinline__ void run_tile(int warpgroup, const Tile& tile) {
@@ -470,7 +463,7 @@ struct FewTokens {
       if (lane == 0) barrier_arrive(s.empty + 8 * at.slot);
       at.advance(t.stages);
     }
-    if constexpr (kDelays) multiply(before);
+    multiply(before);
     finish<T, kTokens>(p, tile.rows * t.warpgroups + warpgroup, tile.block, d);
   }
 };
@@ -514,7 +507,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTokens > 8 ? 1 : 2)
   if constexpr (kUneven<kTokens>) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   wait_for_previous();
   using Worker =
-      typename OneOf<(kTokens > 64), Consumer<T, S, kBits, kTokens>, FewTokens<T, S, kBits, kTokens>>::type;
+      typename OneOf<(kTokens > 16), Consumer<T, S, kBits, kTokens>, FewTokens<T, S, kBits, kTokens>>::type;
   Worker worker{.p = p, .t = t, .s = slots};
   for (int number = blockIdx.x; number < t.tiles * t.token_blocks; number += gridDim.x) {
     worker.run_tile(warpgroup, Tile(number, t));
