@@ -16,6 +16,7 @@ from tgi_server.completion import COMMANDS, SCRIPTS
 from tgi_server.errors import StartupError
 from tgi_server.flags import memory_size
 from tgi_server.options import add_flags, resolve
+from tgi_server.quantize.arguments import add_eval, add_quantize
 
 Values = Mapping[str, object]
 # What the command line said, the values of all options, lines of warning; the exit status.
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add_options(parsers["bench"])
     parsers["completion"].add_argument("shell", choices=sorted(SCRIPTS))
-    given = vars(parser.parse_args(argv))
+    add_quantize(parsers["quantize"])
+    add_eval(parsers["eval"])
+    arguments = parser.parse_args(argv)
+    if arguments.command in ("quantize", "eval"):
+        return _on_weights("tgi-server", arguments)
+    given = vars(arguments)
     command = given.pop("command")
     if command == "completion":
         print(SCRIPTS[given["shell"]](), end="")
@@ -84,6 +90,17 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+
+
+def _on_weights(program: str, arguments: argparse.Namespace) -> int:
+    from tgi_server.quantize.command import run_eval, run_quantize  # noqa: PLC0415
+
+    try:
+        (run_quantize if arguments.command == "quantize" else run_eval)(arguments)
+    except StartupError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 # What a command needs is imported in it, so that --help and a mistyped option answer at once.

@@ -13,6 +13,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "plan": "show what a model takes of memory, without loading it",
     "bench": "measure prefill and decode at several batch sizes",
     "download": "fetch a model from the Hub",
+    "quantize": "write a model with weights of fewer bits",
+    "eval": "measure a model, and how far it is from another",
     "completion": "print a script that completes commands and options",
 }
 _OPTIONS: Final = tuple(flag for flag in FLAGS if flag.effect is Effect.WORKS)

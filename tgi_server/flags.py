@@ -326,7 +326,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _refused(
         "num-shard", "a server uses one device", "tensor-parallel-size", "-tp", "tp", neutral=("1",)
     ),
-    _refused("quantize", "only 16- and 32-bit checkpoints are read", "quantization", "-q"),
+    _refused("quantize", "a checkpoint's config says how it is quantised", "quantization", "-q"),
     _refused("weights-cache-override", "give that folder as --model-id"),
     _refused("rope-scaling", "write it into the model's config.json"),
     _refused("rope-factor", "write it into the model's config.json"),

@@ -11,8 +11,8 @@ namespace tgi {
 
 inline constexpr int kPageTokens = 16;
 
-// Rotates q in place, writes rotated k and v to their slots. q, k and v share a dtype, which the pages have too
-// unless they are e4m3; strides are in elements and between tokens: heads and head_dim are contiguous.
+// Rotates q in place, writes rotated k and v to their slots. q, k and v share a dtype, which the pages have
+// too unless they are e4m3; strides are in elements and between tokens: heads and head_dim are contiguous.
 struct RotaryParams {
   void* q;                   // [tokens, heads, head_dim]
   const void* k;             // [tokens, kv_heads, head_dim]

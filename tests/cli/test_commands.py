@@ -33,7 +33,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_names_every_command_and_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--help")
-    assert list(COMMANDS) == ["serve", "plan", "bench", "download", "completion"]
+    assert list(COMMANDS) == ["serve", "plan", "bench", "download", "quantize", "eval", "completion"]
     for name, purpose in COMMANDS.items():
         assert f"{name} {purpose}" in text
 

@@ -19,6 +19,7 @@ from tgi_server.errors import StartupError
 from tgi_server.layers.embedding import Embedding
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.norm import RMSNorm
+from tgi_server.layers.product import Dense
 from tgi_server.memory_plan import (
     PLANNED_TYPES,
     Asked,
@@ -172,7 +173,8 @@ def test_the_plan_counts_what_is_then_loaded() -> None:
     tensors = []
     for layer in load_model(Checkpoint(DEMO), config, torch.device("cpu"), torch.float32).modules():
         if isinstance(layer, Linear):
-            tensors.append(layer.packed.data)
+            assert isinstance(layer.product, Dense)
+            tensors.append(layer.product.packed.data)
         elif isinstance(layer, (Embedding, RMSNorm)):
             tensors.append(layer.table if isinstance(layer, Embedding) else layer.weight)
     assert plan.weights_bytes == sum(tensor.nbytes for tensor in tensors)

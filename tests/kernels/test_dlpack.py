@@ -21,11 +21,14 @@ from tgi_kernels import (
     hopper_matmul,
     matmul,
     norm,
+    quant,
+    quant_cuda,
     rope,
     sampling,
     step,
 )
 from tgi_kernels.dlpack import on_arrays
+from tgi_kernels.quant_weight import QuantWeight
 
 Call = tuple[Callable[..., Any], list[Any], dict[str, Any]]
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -84,6 +87,14 @@ def calls(device: str) -> Iterator[Call]:
             filled,
         )
         yield step.keep_ids, [ints(device, [4, 5, 6], torch.int64), rows, last_ids], {}
+    codes = torch.arange(96 * 64).view(96, 64).remainder(16).to(device, torch.uint8)
+    few_bits = QuantWeight(
+        codes, floats(device, 96, 2).half(), torch.full((96, 2), 8, dtype=torch.int16, device=device), 32, 4
+    )
+    packed = quant.pack_quant(few_bits, x.dtype)
+    yield quant.quant_linear, [x, packed], {"bias": floats(device, 96)}
+    if isinstance(packed, quant_cuda.PackedCuda):
+        yield quant_cuda.quant_matmul, [x, packed], {"residual": floats(device, 3, 96)}
     yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
@@ -98,7 +109,7 @@ def calls(device: str) -> Iterator[Call]:
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
-    "pack_linear", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
+    "pack_linear", "pack_quant", "pack_cuda", "stack", "dequantise", "dequantise_packed", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 
 
@@ -183,6 +194,7 @@ def test_no_public_op_is_left_out() -> None:
 
 ON_GPUS_ALONE = (
     "attention_prefill", "attention_decode", "skinny_matmul", "gemm", "matmul", "decode_inputs", "keep_ids",
+    "quant_matmul",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tgi_kernels.activation import Gate
-from tgi_kernels.matmul import linear, pack_linear
+from tgi_server.layers.product import load_product
 from tgi_server.layers.weights import Weights
 
 
@@ -20,17 +20,9 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> None:
         super().__init__()
-        parts = [
-            weights.stored(f"{name}.weight", out, in_features) for name, out in zip(names, outs, strict=True)
-        ]
-        if weights.device.type != "cpu":
-            matrix = weights.on_device(*parts)
-        else:
-            matrix = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if weights.device.type == "cpu" and matrix.dtype != torch.bfloat16:
-            # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
-            matrix = matrix.float()
-        self.packed = pack_linear(matrix)
+        self.names = tuple(weights.name(name) for name in names)
+        self.in_features, self.outs = in_features, tuple(outs)
+        self.product = load_product(weights, names, in_features, outs)
         self.bias: Tensor | None = None
         if any(weights.has(f"{name}.bias") for name in names):
             self.bias = torch.cat([_bias(weights, name, out) for name, out in zip(names, outs, strict=True)])
@@ -40,11 +32,11 @@ class Linear(nn.Module):
 
         With a gate: act(first half of the columns) · second half, and half as many columns.
         """
-        return linear(x, self.packed, self.bias, gate=gate, out=out)
+        return self.product(x, self.bias, gate=gate, out=out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add the product to `residual`, [tokens, sum(outs)], in place."""
-        linear(x, self.packed, self.bias, residual=residual, out=residual)
+        self.product(x, self.bias, residual=residual, out=residual)
 
 
 def _bias(weights: Weights, name: str, out: int) -> Tensor:

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.errors import StartupError
+from tgi_server.quantization.scheme import Scheme, covers
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,7 +34,7 @@ class Weights:
     """A place in a checkpoint: `at("model").at("norm").parameter("weight", 64)` reads model.norm.weight.
 
     `dtype` is the type of activations; on CPUs `Linear` decides what type its matrix has. `transfer` takes large
-    tensors to a GPU.
+    tensors to a GPU. `scheme` is the format of the matrices that are quantised.
     """
 
     checkpoint: Source
@@ -40,6 +42,7 @@ class Weights:
     dtype: torch.dtype
     transfer: Transfer | None = None
     prefix: str = ""
+    scheme: Scheme | None = None
 
     def at(self, *path: str | int) -> Weights:
         return replace(self, prefix=self.name(".".join(map(str, path))))
@@ -64,6 +67,13 @@ class Weights:
             else:
                 self.transfer.copy(part, to)
         return rows
+
+    def matrix(self, leaf: str, out_features: int, in_features: int) -> Tensor | QuantWeight:
+        """Matrix `leaf`, dense as `stored` gives it, or quantised; [out_features, in_features]."""
+        name = self.name(leaf)
+        if self.scheme is not None and covers(self.scheme, self.checkpoint, name):
+            return self.scheme.read(self.checkpoint, name, out_features, in_features)
+        return self.stored(f"{leaf}.weight", out_features, in_features)
 
     def stored(self, leaf: str, *shape: int) -> Tensor:
         """The tensor as the checkpoint holds it, a view of its file.

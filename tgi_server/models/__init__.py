@@ -13,6 +13,7 @@ from tgi_server.errors import StartupError
 from tgi_server.layers.weights import Source, Weights
 from tgi_server.models import llama, mistral, qwen2, qwen3
 from tgi_server.models.decoder import Decoder
+from tgi_server.quantization.detect import find_scheme
 
 ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
     "llama": llama.load,
@@ -35,14 +36,10 @@ def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dt
             f"{checkpoint.folder}: model_type is {config.model_type!r}; served are {', '.join(ARCHITECTURES)}"
             + (own_code if config.raw.get("auto_map") else "")
         )
-    if quantisation := config.raw.get("quantization_config"):
-        raise StartupError(
-            f"{checkpoint.folder}: config.json has quantization_config {quantisation}; only weights in "
-            "bfloat16, float16 and float32 are served, take a checkpoint that is not quantised"
-        )
     with torch.inference_mode():
+        scheme = find_scheme(config.raw, checkpoint)
         transfer = Transfer(device) if device.type == "cuda" else None
-        model = load(Weights(checkpoint, device, dtype, transfer), config).eval()
+        model = load(Weights(checkpoint, device, dtype, transfer, scheme=scheme), config).eval()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is still on its way comes from memory that goes
     return model

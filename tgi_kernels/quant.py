@@ -1,0 +1,113 @@
+"""Linear layers with weights of a few bits, widened to the activations' type inside the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
+from tgi_kernels._library import ops, register_fakes
+from tgi_kernels.quant_cuda import PackedCuda, pack_cuda, quant_matmul
+from tgi_kernels.quant_weight import QuantWeight
+
+register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
+
+PANEL = 32  # output features that CPU kernels work on together
+
+
+@dataclass(frozen=True)
+class PackedCpu:
+    """A weight in the layout of the CPU kernels; made by `pack_quant`."""
+
+    words: Tensor  # int32 [panels, in_features / codes of a word, 32]
+    scales: Tensor  # float32 [panels, groups, 32]
+    offsets: Tensor  # the same: -zero · scale
+    out_features: int
+    in_features: int
+    group_size: int
+    bits: int
+    order: Tensor | None
+
+
+PackedQuant = PackedCpu | PackedCuda
+
+
+def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> PackedQuant:
+    """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
+
+    dtype: of activations; on CPUs float32. Raises ValueError for what a GPU's kernels cannot hold.
+    """
+    if weight.codes.is_cuda:
+        return pack_cuda(weight, dtype)
+    out_features, in_features = weight.codes.shape
+    return PackedCpu(
+        _words(weight.codes, weight.bits),
+        _panels(weight.scales.float()),
+        _panels(-weight.zeros.float() * weight.scales.float()),
+        out_features,
+        in_features,
+        weight.group_size,
+        weight.bits,
+        weight.order,
+    )
+
+
+def quant_linear(
+    x: Tensor,
+    packed: PackedQuant,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x · weightᵀ + bias.
+
+    x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features] of x's dtype.
+    out: [tokens, out_features], allocated when not given. Returns out.
+    The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
+    those of x are in the order of the codes: for any number of tokens and threads.
+    """
+    if isinstance(packed, PackedCuda):
+        return quant_matmul(x, packed, bias, out=out)
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
+    if out is None:
+        out = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
+    else:
+        check_shape("out", out, (x.shape[0], packed.out_features))
+    try:
+        ops.quant_linear(
+            x, packed.words, packed.scales, packed.offsets, packed.bits, packed.group_size, bias, out
+        )
+    except RuntimeError:
+        _check(x, packed, bias)
+        check_alike("out", out, "x", x)
+        check_contiguous("out", out)
+        raise
+    return out
+
+
+def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None) -> None:
+    check_shape("x", x, ("tokens", packed.in_features))
+    check_dtype("x", x, torch.float32)
+    if bias is not None:
+        check_shape("bias", bias, (packed.out_features,))
+        check_alike("bias", bias, "x", x)
+
+
+def _panels(values: Tensor) -> Tensor:
+    """[out_features, columns] to [panels, columns, 32], zeros where the last panel has no feature."""
+    padded: Tensor = functional.pad(values, (0, 0, 0, -len(values) % PANEL))
+    panels: Tensor = padded.unflatten(0, (-1, PANEL))
+    return panels.transpose(1, 2).contiguous()
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [out_features, in_features] to words [panels, words, 32], a word's first code in its lowest bits."""
+    count = 32 // bits
+    padded = functional.pad(codes, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
+    words = torch.zeros(padded.shape[:2], dtype=torch.int32, device=codes.device)
+    for i in range(count):
+        words |= padded[:, :, i].int() << (bits * i)
+    return _panels(words)

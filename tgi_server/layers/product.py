@@ -1,0 +1,149 @@
+"""The matrix products behind `Linear`: dense or quantised, as the checkpoint holds each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tgi_kernels.activation import Gate
+from tgi_kernels.matmul import GATED, linear, pack_linear
+from tgi_kernels.quant import pack_quant, quant_linear
+from tgi_kernels.quant_weight import QuantWeight, stack
+from tgi_server.layers.weights import Weights
+
+
+class Product(Protocol):
+    """x · Wᵀ for the matrices it was made of, stacked."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        gate: Gate | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """y = x · Wᵀ + bias; then residual + y, or act(first half of y) · second half; in x's type: `out`, if given.
+
+        x: [tokens, in_features]; bias: [out_features]; residual: [tokens, out_features], may be out.
+        """
+
+
+class Dense:
+    """Matrices in 16 or 32 bits."""
+
+    def __init__(self, weights: Weights, matrices: Sequence[Tensor]) -> None:
+        if weights.device.type != "cpu":
+            matrix = weights.on_device(*matrices)
+        else:
+            matrix = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
+        if weights.device.type == "cpu" and matrix.dtype != torch.bfloat16:
+            # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
+            matrix = matrix.float()
+        self.packed = pack_linear(matrix)
+
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        gate: Gate | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
+
+
+class Quantised:
+    """Matrices of a few bits, all with the same grouping of columns."""
+
+    def __init__(self, weights: Weights, parts: Sequence[QuantWeight]) -> None:
+        whole = stack(parts) if len(parts) > 1 else parts[0]
+        self.packed = pack_quant(whole.to(weights.device), weights.dtype)
+
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        gate: Gate | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if residual is None and gate is None:
+            return quant_linear(x, self.packed, bias, out)
+        return _finished(quant_linear(x, self.packed, bias), residual, gate, out)
+
+
+class SideBySide:
+    """Products that cannot be one, such as of a dense and a quantised matrix."""
+
+    def __init__(self, products: Sequence[Product], outs: Sequence[int]) -> None:
+        self.products = products
+        self.outs = list(outs)
+
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        gate: Gate | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        biases = [None] * len(self.outs) if bias is None else bias.split_with_sizes(self.outs)
+        parts = [product(x, part) for product, part in zip(self.products, biases, strict=True)]
+        if residual is None and gate is None:
+            return torch.cat(parts, 1, out=out)
+        return _finished(torch.cat(parts, 1), residual, gate, out)
+
+
+def load_product(weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> Product:
+    """The product of the matrices `names`, which have `outs` rows. Neighbours that fit together are one."""
+    products: list[Product] = []
+    widths: list[int] = []
+    matrices = [weights.matrix(name, out, in_features) for name, out in zip(names, outs, strict=True)]
+    while matrices:
+        count = next(
+            (i for i in range(1, len(matrices)) if not _fit(matrices[0], matrices[i])), len(matrices)
+        )
+        run, matrices = matrices[:count], matrices[count:]
+        widths.append(sum(_rows(matrix) for matrix in run))
+        products.append(_product(weights, run))
+    return products[0] if len(products) == 1 else SideBySide(products, widths)
+
+
+def _finished(y: Tensor, residual: Tensor | None, gate: Gate | None, out: Tensor | None) -> Tensor:
+    """The steps after a product that has no kernel with them."""
+    if gate is not None:
+        return GATED[gate](y, out)
+    return y if residual is None else torch.add(residual, y, out=out)
+
+
+def _product(weights: Weights, run: Sequence[Tensor | QuantWeight]) -> Product:
+    """Of matrices that fit together."""
+    dense = [matrix for matrix in run if isinstance(matrix, Tensor)]
+    return (
+        Dense(weights, dense)
+        if dense
+        else Quantised(weights, [part for part in run if isinstance(part, QuantWeight)])
+    )
+
+
+def _rows(matrix: Tensor | QuantWeight) -> int:
+    return len(matrix if isinstance(matrix, Tensor) else matrix.codes)
+
+
+def _fit(a: Tensor | QuantWeight, b: Tensor | QuantWeight) -> bool:
+    """Whether both can be rows of one matrix."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor)
+    if (a.bits, a.group_size, a.scales.dtype) != (b.bits, b.group_size, b.scales.dtype):
+        return False
+    if a.order is None or b.order is None:
+        return a.order is b.order
+    return torch.equal(a.order, b.order)
