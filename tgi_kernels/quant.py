@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
+from tgi_kernels.activation import Gate
+from tgi_kernels.matmul import GATED
 from tgi_kernels.quant_cuda import PackedCuda, pack_cuda, quant_matmul
 from tgi_kernels.quant_weight import QuantWeight
 
@@ -59,17 +61,25 @@ def quant_linear(
     x: Tensor,
     packed: PackedQuant,
     bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gate: Gate | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x · weightᵀ + bias.
+    """y = x · weightᵀ + bias; then residual + y, or act(first half of y) · second half.
 
-    x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features] of x's dtype.
-    out: [tokens, out_features], allocated when not given. Returns out.
+    x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features]; residual: like y, may be
+    out; both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given.
+    Returns out.
     The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
     those of x are in the order of the codes: for any number of tokens and threads.
     """
+    if gate is not None:
+        if residual is not None:
+            raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
+        return GATED[gate](quant_linear(x, packed, bias), out)
     if isinstance(packed, PackedCuda):
-        return quant_matmul(x, packed, bias, out=out)
+        return quant_matmul(x, packed, bias, residual=residual, out=out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     if out is None:
@@ -78,22 +88,33 @@ def quant_linear(
         check_shape("out", out, (x.shape[0], packed.out_features))
     try:
         ops.quant_linear(
-            x, packed.words, packed.scales, packed.offsets, packed.bits, packed.group_size, bias, out
+            x,
+            packed.words,
+            packed.scales,
+            packed.offsets,
+            packed.bits,
+            packed.group_size,
+            bias,
+            residual,
+            out,
         )
     except RuntimeError:
-        _check(x, packed, bias)
+        _check(x, packed, bias, residual)
         check_alike("out", out, "x", x)
         check_contiguous("out", out)
         raise
     return out
 
 
-def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None) -> None:
+def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None, residual: Tensor | None) -> None:
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, torch.float32)
     if bias is not None:
         check_shape("bias", bias, (packed.out_features,))
         check_alike("bias", bias, "x", x)
+    if residual is not None:
+        check_shape("residual", residual, (x.shape[0], packed.out_features))
+        check_alike("residual", residual, "x", x)
 
 
 def _panels(values: Tensor) -> Tensor:

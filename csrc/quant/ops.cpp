@@ -9,7 +9,7 @@ namespace {
 
 void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales, const Tensor& offsets,
                       int64_t bits, int64_t group_size, const std::optional<Tensor>& bias,
-                      const Tensor& out) {
+                      const std::optional<Tensor>& residual, const Tensor& out) {
   check_dims(x, 2, "x");
   check_dims(out, 2, "out");
   check_dims(scales, 3, "scales");
@@ -25,12 +25,14 @@ void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales
   check_shape(scales, {panels, groups, kPanel}, "scales");
   check_shape(offsets, {panels, groups, kPanel}, "offsets");
   if (bias.has_value()) check_shape(*bias, {out_features}, "bias");
+  if (residual.has_value()) check_shape(*residual, {tokens, out_features}, "residual");
   const int64_t scratch = tokens > 1 ? std::min(tokens, kRowBlock) * in_features : 0;
   const auto tiles = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(scratch));
   quant_linear(QuantLinearParams{
       .product = {.x = static_cast<const float*>(x.const_data_ptr()),
                   .packed = nullptr,
                   .bias = read_optional<float>(bias, "bias"),
+                  .residual = read_optional<float>(residual, "residual"),
                   .out = write<float>(out, "out"),
                   .tiles = tiles.get(),
                   .x_stride = x.stride(0),
@@ -53,7 +55,7 @@ void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "quant_linear(Tensor x, Tensor words, Tensor scales, Tensor offsets, int bits, int group_size, "
-      "Tensor? bias, Tensor(a!) out) -> ()");
+      "Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CPU, m) { m.impl("quant_linear", TORCH_BOX(&tgi::quant_linear_cpu)); }

@@ -100,36 +100,12 @@ OTHER_WAYS: dict[str, Callable[[Path], InProcess]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        *[way for way in OTHER_WAYS if way != "preempted"],
-        pytest.param(
-            "preempted",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="not had yet: failed on an H200. Prefill and decode attention sum in different orders, "
-                "so what decoding wrote to the cache is recomputed with other bits",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("way", OTHER_WAYS)
 def test_chunks_preemption_and_cached_prefixes_keep_the_bits(llama: Path, way: str) -> None:
     whole = answers(engine(llama), PROMPTS, fields=FIELDS)
-    assert answers(OTHER_WAYS[way](llama), PROMPTS, fields=FIELDS) == whole
-
-
-@pytest.mark.parametrize("way", OTHER_WAYS)
-def test_chunks_preemption_and_cached_prefixes_change_greedy_answers_only_at_near_ties(
-    llama: Path, way: str
-) -> None:
-    """Prefill and decode attention sum in different orders, so recomputing may round differently."""
-    whole = answers(engine(llama), PROMPTS)
-    for one, two in zip(whole, answers(OTHER_WAYS[way](llama), PROMPTS), strict=True):
-        for (token, logprob), (other_token, other_logprob) in zip(one, two, strict=True):
-            assert abs(logprob - other_logprob) < 0.1
-            if token != other_token:
-                break
+    rig = OTHER_WAYS[way](llama)
+    assert answers(rig, PROMPTS, fields=FIELDS) == whole
+    assert (way == "preempted") == (rig.engine._scheduler.counts.preemptions > 0)
 
 
 def prompt_logprobs(rig: InProcess) -> torch.Tensor:

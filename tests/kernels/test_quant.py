@@ -78,8 +78,12 @@ def test_the_product_has_the_bits_of_the_dense_one(
         x, bias = normal(noise, tokens, shape[0]), normal(noise, shape[1])
         for given in (None, bias):
             out = poisoned(tokens, shape[1])
-            assert quant_linear(x, packed, given, out) is out
+            assert quant_linear(x, packed, given, out=out) is out
             assert_same_bits(out, linear(x, dense, given))
+            total = normal(noise, tokens, shape[1])
+            want = linear(x, dense, given, residual=total)
+            quant_linear(x, packed, given, residual=total, out=total)
+            assert_same_bits(total, want)
             assert_near(out, oracle.quant_linear(x, exact(weight), given), times=4)
 
 
@@ -132,5 +136,5 @@ def test_x_of_another_width_is_refused_with_both_shapes(noise: torch.Generator) 
 
 def test_the_schema_tells_what_is_written(noise: torch.Generator) -> None:
     packed = pack_quant(random_weight(noise, (96, 40, 32)))
-    arguments = (packed.words, packed.scales, packed.offsets, 4, 32, None)
+    arguments = (packed.words, packed.scales, packed.offsets, 4, 32, None, None)
     torch.library.opcheck(ops.quant_linear, (normal(noise, 3, 96), *arguments, torch.empty(3, 40)))

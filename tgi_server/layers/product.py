@@ -74,9 +74,7 @@ class Quantised:
         gate: Gate | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        if residual is None and gate is None:
-            return quant_linear(x, self.packed, bias, out)
-        return _finished(quant_linear(x, self.packed, bias), residual, gate, out)
+        return quant_linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
 
 
 class SideBySide:
