@@ -25,7 +25,8 @@ _WORDS = (
     "猫",
 )
 _SHARED_PROMPTS = 4  # beginnings that many prompts have in common: hits of the prefix cache
-_MOST_PAUSE_S = 0.3  # after which a client that will not wait for its answer hangs up
+_MOST_EVENTS = 8  # after as many of a stream, at most, a client that will not wait for its answer hangs up
+_MOST_PAUSE_S = 0.02  # and after this time where the answer comes at once
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ async def _client(
 ) -> None:
     while not is_over():
         path, body = _request(mix, rng)
-        pause_s = rng.uniform(0, _MOST_PAUSE_S) if rng.random() < mix.aborting else None
+        leaves = rng.random() < mix.aborting
+        events = rng.randrange(_MOST_EVENTS) if leaves else None
+        pause_s = rng.uniform(0, _MOST_PAUSE_S) if leaves and not _is_streamed(path, body) else None
         try:
-            outcome = await asyncio.wait_for(_ask(session, path, body, tally), pause_s)
+            outcome = await asyncio.wait_for(_ask(session, path, body, tally, events), pause_s)
         except asyncio.TimeoutError:
             outcome = "aborted"
         except (aiohttp.ClientError, OSError) as error:
@@ -82,13 +85,23 @@ async def _client(
         tally.outcomes[outcome] += 1
 
 
-async def _ask(session: aiohttp.ClientSession, path: str, body: object, tally: Tally) -> str:
+def _is_streamed(path: str, body: dict[str, object]) -> bool:
+    return path == "/generate_stream" or body.get("stream") is True
+
+
+async def _ask(
+    session: aiohttp.ClientSession, path: str, body: object, tally: Tally, most_events: int | None
+) -> str:
+    """Ask, and read the answer, or no more than so many events of it."""
     async with session.post(path, json=body) as response:
         events = 0
         async for line in response.content:
             events += line.startswith((b"data: {", b"data:{"))
             if b'"error"' in line:
                 return _failed(tally, response.status, line)
+            if most_events is not None and events > most_events:
+                tally.tokens += events
+                return "aborted"
         tally.tokens += events
         return "answered" if response.status == 200 else _failed(tally, response.status, b"")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from tests.e2e.conftest import NEW_TOKENS, Reference
@@ -19,6 +20,11 @@ from tgi_server.engine.verify import Guess
 
 TIE = 1e-3  # transformers' two best logits may be this near; either is then right
 SOME_TOKENS = 20  # of an answer, where computing all would prove no more: past a page's end
+
+
+def slow(*values: object) -> ParameterSet:
+    """Runs with `-m slow` only: a way to go that differs little from one that always runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def test_tokens_and_logprobs_equal_those_of_transformers(
@@ -46,7 +52,7 @@ def test_an_answer_has_the_same_bits_among_sixteen(
     assert max(map(len, rig.steps)) == 16
 
 
-@pytest.mark.parametrize(("chunk", "depth"), [(1, 1), (7, 0), (16, 1), (64, 0), (256, 1)])
+@pytest.mark.parametrize(("chunk", "depth"), [(1, 1), (7, 0), slow(16, 1), (64, 0), slow(256, 1)])
 def test_an_answer_has_the_same_bits_however_its_prompt_is_cut(
     runner: CpuRunner, reference: Reference, chunk: int, depth: int
 ) -> None:
@@ -89,7 +95,7 @@ def test_an_answer_has_the_same_bits_after_a_prefix_hit(
     assert computed == sum(map(len, grown)) - PAGE_TOKENS * sum(found)
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, slow(1)])
 def test_an_answer_has_the_same_bits_after_preemption_for_want_of_pages(
     runner: CpuRunner, reference: Reference, depth: int
 ) -> None:
@@ -107,7 +113,7 @@ def test_an_answer_has_the_same_bits_after_preemption_for_want_of_pages(
     assert rig.epochs["4"] > 0, "the long one goes, it came last"
 
 
-@pytest.mark.parametrize(("step", "depth"), [(7, 0), (40, 1)])
+@pytest.mark.parametrize(("step", "depth"), [(7, 0), slow(40, 1)])
 def test_an_answer_has_the_same_bits_after_urgent_requests_took_its_place(
     runner: CpuRunner, reference: Reference, step: int, depth: int
 ) -> None:
@@ -133,7 +139,7 @@ def guesser(prompts: list[list[int]], answers: list[Answer]) -> Guess:
 DRAWN = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=5)
 
 
-@pytest.mark.parametrize("sampling", [LIKELIEST, DRAWN], ids=["likeliest", "drawn"])
+@pytest.mark.parametrize("sampling", [LIKELIEST, slow(DRAWN)], ids=["likeliest", "drawn"])
 def test_an_answer_has_the_same_bits_when_its_tokens_were_guessed(
     runner: CpuRunner, reference: Reference, sampling: Sampling
 ) -> None:

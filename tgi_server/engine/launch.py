@@ -10,11 +10,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import psutil
+
 from tgi_server.config import EngineConfig
 from tgi_server.engine.channel import encode_config
 from tgi_server.engine.client import EngineClient
 from tgi_server.errors import StartupError
 from tgi_server.logs import TOO_FEW_PROCESSES
+
+_LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,23 @@ async def start_engine(config: EngineConfig) -> EngineProcess:
 
 
 def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Future[int]:
-    """See the end of the process through its pidfd, at once, whatever became of the socket."""
+    """See the end of the process through its pidfd, whatever became of the socket.
+
+    Both say so only when its memory is freed, which takes a second for the gigabytes of a cache. Clients need not
+    wait for that: the process is a zombie from the moment it is killed.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
     pidfd = os.pidfd_open(process.pid)
+    known = psutil.Process(process.pid)
+
+    def look() -> None:
+        if ended.done():
+            return
+        if known.status() == psutil.STATUS_ZOMBIE:
+            client.mark_dead("the engine process has ended")
+        else:
+            loop.call_later(_LOOK_EVERY_S, look)
 
     def on_end() -> None:
         loop.remove_reader(pidfd)
@@ -79,6 +96,7 @@ def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Fu
         ended.set_result(status)
 
     loop.add_reader(pidfd, on_end)
+    loop.call_later(_LOOK_EVERY_S, look)
     return ended
 
 

@@ -42,11 +42,7 @@ class CpuRunner:
             source or Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32
         )
         self.num_pages = config.num_pages
-        # NumPy's zeros are mapped, not written: the start need not wait for gigabytes to be cleared, nor clients of
-        # a killed engine for them to be freed, which comes before its socket is closed.
-        self._kv = torch.from_numpy(
-            np.zeros(pool_shape(self._model.cache_specs, config.num_pages), np.float32)
-        )
+        self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))
         self._last_ids = np.zeros(config.max_sequences, np.int64)
         self._sampler = Sampler(
