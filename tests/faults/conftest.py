@@ -209,7 +209,7 @@ def survived(target: Target, baseline: Baseline) -> Iterator[Target]:
     assert "\x1b" not in log
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def attacked() -> Iterator[tuple[Target, Baseline]]:
     with attack() as both:
         yield both
