@@ -41,9 +41,9 @@ class Dense:
             matrix = weights.on_device(*matrices)
         else:
             matrix = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
-        if weights.device.type == "cpu" and matrix.dtype != torch.bfloat16:
-            # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
-            matrix = matrix.float()
+            if matrix.dtype != torch.bfloat16:
+                # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
+                matrix = matrix.float()
         self.packed = pack_linear(matrix)
 
     def __call__(
