@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from tests.e2e.conftest import NEW_TOKENS, Reference
@@ -22,7 +22,7 @@ TIE = 1e-3  # transformers' two best logits may be this near; either is then rig
 SOME_TOKENS = 20  # of an answer, where computing all would prove no more: past a page's end
 
 
-def slow(*values: object) -> ParameterSet:
+def slow(*values: object) -> Any:  # pytest gives the type no public name
     """Runs with `-m slow` only: a way to go that differs little from one that always runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
