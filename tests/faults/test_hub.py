@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_a_disk_that_is_full_is_named_and_the_cache_stays_whole(hub: Hub, tmp_pa
     full = tmp_path / "full"
     full.mkdir()
     prefix = in_namespace(f"mount -t tmpfs -o size=4m none {full}")
-    command = [*prefix, "python", "-m", "tgi_server.cli", "download", "fine/model"]
+    command = [*prefix, sys.executable, "-m", "tgi_server.cli", "download", "fine/model"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(hub, full), check=False, timeout=60
     )
