@@ -5,7 +5,8 @@
 
 Arrivals do not wait for answers (Poisson at --rate a second; `inf` sends all at once), so a slow server sees its
 queue grow as in life. The client reads raw sockets and parses nothing but line starts while tokens come; what it costs
-stands in the last line, in per cent of one core.
+stands in the last line, in per cent of one core. An event may bring two tokens (of one letter in several bytes): gaps
+are those between events, tokens are counted as the server's `usage` says at the end.
 With --long-prompt one more request, of that many tokens, comes when all streams run; only the gaps between
 tokens while it is read count then.
 """
@@ -17,6 +18,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,8 @@ from benchmarks.harness import ROOT, Report, cpu_name, csrc_sha256
 
 _EVENT: Final = b"\ndata: {"
 _FAILURE: Final = b'\ndata: {"error"'
+_USAGE: Final = re.compile(rb'"completion_tokens":\s*(\d+)')
+_USAGE_BYTES: Final = 512  # of a stream's end, among which the usage stands
 
 
 @dataclass
@@ -36,20 +40,25 @@ class Trace:
     """One request, times in seconds on one clock."""
 
     sent: float
-    tokens: list[float] = field(default_factory=list)
+    events: list[float] = field(default_factory=list)
+    tokens: int = 0  # those of the answer, as its usage says
     error: str = ""
 
     @property
+    def answered(self) -> bool:
+        return not self.error and self.tokens > 1 and len(self.events) > 1
+
+    @property
     def first_s(self) -> float:
-        return self.tokens[0] - self.sent
+        return self.events[0] - self.sent
 
     @property
     def mean_gap_s(self) -> float:
-        return (self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1)
+        return (self.events[-1] - self.events[0]) / (self.tokens - 1)
 
     def gaps_s(self, since: float = -math.inf, until: float = math.inf) -> list[float]:
-        """Times between tokens, of those that came in [since, until]."""
-        pairs = zip(self.tokens, self.tokens[1:], strict=False)
+        """Times between events, of those that came in [since, until]."""
+        pairs = zip(self.events, self.events[1:], strict=False)
         return [later - earlier for earlier, later in pairs if since <= earlier and later <= until]
 
 
@@ -97,6 +106,7 @@ def body(rng: random.Random, input_tokens: int, output_tokens: int) -> bytes:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
     ).encode()
 
@@ -112,6 +122,7 @@ class Stream(asyncio.Protocol):
         self._request = request
         self._ended = ended
         self._tail = b""  # what may be the beginning of an event
+        self._end = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast(asyncio.Transport, transport).write(self._request)
@@ -125,10 +136,14 @@ class Stream(asyncio.Protocol):
         data = self._tail + data
         if _FAILURE in data:
             self.trace.error = data[data.index(_FAILURE) :].decode(errors="replace")[:400]
-        self.trace.tokens += [now] * data.count(_EVENT)
+        self.trace.events += [now] * data.count(_EVENT)
         self._tail = data[1 - len(_EVENT) :]
+        self._end = (self._end + data)[-_USAGE_BYTES:]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if usage := _USAGE.search(self._end):
+            self.trace.tokens = int(usage[1])
+            self.trace.events.pop()  # the usage's own
         if exc is not None:
             self.trace.error = str(exc)
         if not self._ended.done():
@@ -161,35 +176,33 @@ class Run:
     @property
     def answered(self) -> list[Trace]:
         """The streams that came to their end. Raises SystemExit if there are none."""
-        good = [trace for trace in self.traces if not trace.error and len(trace.tokens) > 1]
+        good = [trace for trace in self.traces if trace.answered]
         if not good:
             raise SystemExit(
                 f"no request was answered; the first error: {self.traces[0].error or 'no tokens'}"
             )
         for trace in good:
-            if len(trace.tokens) != self.load.output_tokens:
-                raise SystemExit(
-                    f"a stream had {len(trace.tokens)} events for {self.load.output_tokens} tokens"
-                )
+            if trace.tokens != self.load.output_tokens:
+                raise SystemExit(f"a stream had {trace.tokens} tokens of {self.load.output_tokens}")
         return good
 
     @property
     def output_rate(self) -> float:
         """Tokens a second, from the first request sent to the last token."""
         good = self.answered
-        return sum(len(trace.tokens) for trace in good) / self._span_s
+        return sum(trace.tokens for trace in good) / self._span_s
 
     @property
     def _span_s(self) -> float:
         good = self.answered
-        return max(trace.tokens[-1] for trace in good) - min(trace.sent for trace in good)
+        return max(trace.events[-1] for trace in good) - min(trace.sent for trace in good)
 
     def gaps_s(self) -> list[float]:
         """Times between tokens; with a long prompt, of those that came while it was read."""
         intruder = self.intruder
-        if intruder and not intruder.tokens:
+        if intruder and not intruder.events:
             raise SystemExit(f"the long prompt was not answered: {intruder.error}")
-        since, until = (intruder.sent, intruder.tokens[0]) if intruder else (-math.inf, math.inf)
+        since, until = (intruder.sent, intruder.events[0]) if intruder else (-math.inf, math.inf)
         gaps = [gap for trace in self.answered for gap in trace.gaps_s(since, until)]
         if not gaps:
             raise SystemExit(

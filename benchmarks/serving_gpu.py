@@ -27,7 +27,7 @@ def measure(url: str, rate: float, seconds: float, report: Report) -> None:
     """Requests at `rate` a second for `seconds`; figures are of all of them, ramp and tail included."""
     load = Load(url, round(rate * seconds), rate, INPUT_TOKENS, OUTPUT_TOKENS, seed=round(rate))
     traces, _ = uvloop.run(run(load))
-    failed = [trace for trace in traces if trace.error or len(trace.tokens) < 2]
+    failed = [trace for trace in traces if not trace.answered]
     if failed:
         raise SystemExit(
             f"{len(failed)} of {load.requests} requests failed at {rate:g}/s: {failed[0].error or 'no tokens'}"
@@ -43,13 +43,13 @@ def measure(url: str, rate: float, seconds: float, report: Report) -> None:
 
 def figures(traces: list[Trace]) -> dict[str, float]:
     """Throughput in tokens a second; percentiles in ms of the first token, the mean gap and each gap."""
-    span = max(trace.tokens[-1] for trace in traces) - min(trace.sent for trace in traces)
+    span = max(trace.events[-1] for trace in traces) - min(trace.sent for trace in traces)
     times = {
         "ttft": [trace.first_s for trace in traces],
         "tpot": [trace.mean_gap_s for trace in traces],
         "itl": [gap for trace in traces for gap in trace.gaps_s()],
     }
-    found = {"output tokens": sum(len(trace.tokens) for trace in traces) / span}
+    found = {"output tokens": sum(trace.tokens for trace in traces) / span}
     for name, values in times.items():
         for percent in (50, 99):
             found[f"{name} p{percent}"] = 1e3 * percentile(values, percent / 100)
