@@ -12,7 +12,7 @@ from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check
 from tgi_kernels._library import ops, register_fakes
 from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED
-from tgi_kernels.quant_cuda import PackedCuda, pack_cuda, quant_matmul
+from tgi_kernels.quant_cuda import PackedCuda, fits_cuda, pack_cuda, quant_matmul
 from tgi_kernels.quant_weight import QuantWeight
 
 register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
@@ -37,22 +37,32 @@ class PackedCpu:
 PackedQuant = PackedCpu | PackedCuda
 
 
+def fits_kernels(weight: QuantWeight) -> bool:
+    """Whether `pack_quant` takes it on its device; another has to be multiplied as the dense matrix it stands for."""
+    if weight.codes.is_cuda:
+        return fits_cuda(weight)
+    return weight.zeros is not None and weight.scales.dtype != torch.float32
+
+
 def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> PackedQuant:
     """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
 
-    dtype: of activations; on CPUs float32. Raises ValueError for what a GPU's kernels cannot hold.
+    dtype: of activations; on CPUs float32. Raises ValueError for what the kernels cannot hold.
     """
     if weight.codes.is_cuda:
         return pack_cuda(weight, dtype)
+    if weight.zeros is None or not fits_kernels(weight):
+        raise ValueError("integers with zeros and scales of 16 bits are multiplied; `dequantise` others")
     out_features, in_features = weight.codes.shape
+    bits = 4 if weight.bits <= 4 else 8
     return PackedCpu(
-        _words(weight.codes, weight.bits),
+        _words(weight.codes, bits),
         _panels(weight.scales.float()),
         _panels(-weight.zeros.float() * weight.scales.float()),
         out_features,
         in_features,
         weight.group_size,
-        weight.bits,
+        bits,
         weight.order,
     )
 

@@ -31,13 +31,27 @@ class PackedCuda:
     order: Tensor | None
 
 
+def fits_cuda(weight: QuantWeight) -> bool:
+    """Whether `pack_cuda` takes it."""
+    in_features = weight.codes.shape[1]
+    return (
+        weight.zeros is not None
+        and weight.scales.dtype != torch.float32
+        and (weight.group_size % 16 == 0 or weight.group_size == in_features)
+    )
+
+
 def pack_cuda(weight: QuantWeight, dtype: torch.dtype) -> PackedCuda:
     """Lays a weight out for `quant_matmul`, on its device. dtype: of activations, float16 or bfloat16.
 
-    Raises ValueError for groups that are no multiple of 16 columns, and for scales that float16 cannot hold.
+    Raises ValueError for what is not in integers with zeros, for groups that are no multiple of 16 columns, and for
+    scales that float16 cannot hold.
     """
     check_dtype("scales", weight.scales, torch.float16, torch.bfloat16)
+    if weight.zeros is None:
+        raise ValueError(f"values of kind {weight.values} without zeros; GPUs take integers with zeros")
     out_features, in_features = weight.codes.shape
+    bits = 4 if weight.bits <= 4 else 8
     scales = weight.scales
     if dtype == torch.float16 and scales.dtype == torch.bfloat16:
         scales = scales.half()
@@ -48,14 +62,14 @@ def pack_cuda(weight: QuantWeight, dtype: torch.dtype) -> PackedCuda:
     if size % 16:
         raise ValueError(f"groups of {size} columns; GPUs take multiples of 16, or one group of all columns")
     return PackedCuda(
-        _words(weight.codes, weight.bits),
-        _pairs(scales, weight.zeros, -(-columns // size), _MAGIC[dtype] if weight.bits == 4 else 0),
+        _words(weight.codes, bits),
+        _pairs(scales, weight.zeros, -(-columns // size), _MAGIC[dtype] if bits == 4 else 0),
         dtype,
         scales.dtype == torch.float16,
         out_features,
         in_features,
         size,
-        weight.bits,
+        bits,
         weight.order,
     )
 

@@ -10,7 +10,7 @@ from tgi_kernels import cpu
 from tgi_kernels._library import ops
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_kernels.quant import pack_quant, quant_linear
-from tgi_kernels.quant_weight import QuantWeight, dequantise
+from tgi_kernels.quant_weight import QuantWeight, Values, dequantise, table
 from tgi_kernels.reference import quant as oracle
 
 TOKENS = [0, 1, 2, 5, 6, 7, 16, 33, 241]
@@ -120,12 +120,38 @@ def test_rows_of_x_may_lie_apart(noise: torch.Generator) -> None:
 
 def test_groups_that_do_not_cover_the_columns_are_refused_with_the_numbers(noise: torch.Generator) -> None:
     weight = random_weight(noise, (96, 4, 32))
-    with pytest.raises(ValueError, match="96 columns of 4 bits in groups of 36"):
+    with pytest.raises(ValueError, match="groups of 36 do not cover 96 columns"):
         QuantWeight(weight.codes, weight.scales, weight.zeros, 36, 4)
     with pytest.raises(ValueError, match="groups of 12 columns"):
         QuantWeight(weight.codes, weight.scales, weight.zeros, 12, 4)
-    with pytest.raises(ValueError, match="96 columns of 3 bits"):
-        QuantWeight(weight.codes, weight.scales, weight.zeros, 32, 3)
+    with pytest.raises(ValueError, match="codes of 9 bits"):
+        QuantWeight(weight.codes, weight.scales, weight.zeros, 32, 9)
+
+
+def test_a_weight_of_a_table_has_no_zeros(noise: torch.Generator) -> None:
+    weight = random_weight(noise, (96, 4, 32))
+    with pytest.raises(ValueError, match="only integers have zeros"):
+        QuantWeight(weight.codes, weight.scales, weight.zeros, 32, 4, values="nf4")
+
+
+@pytest.mark.parametrize("values", ["nf4", "fp4", "e2m1"])
+def test_values_of_tables_are_scaled_and_rounded_once(noise: torch.Generator, values: Values) -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(3, 2)
+    scales = normal(noise, 3, 2)
+    weight = QuantWeight(codes, scales, None, 16, 4, values=values)
+    want = table(values).double()[codes.long()] * scales.double().repeat_interleave(16, 1)
+    assert_same_bits(dequantise(weight, torch.float32), want.float())
+    assert_same_bits(dequantise(weight, torch.bfloat16), want.float().bfloat16())
+
+
+def test_offsets_are_added_before_the_rounding(noise: torch.Generator) -> None:
+    codes = torch.randint(0, 64, (5, 32), generator=noise, dtype=torch.uint8)
+    scales, offsets = normal(noise, 5, 2), normal(noise, 5, 2)
+    weight = QuantWeight(codes, scales, None, 16, 6, offsets=offsets)
+    want = codes.double() * scales.double().repeat_interleave(16, 1) + offsets.double().repeat_interleave(
+        16, 1
+    )
+    assert_same_bits(dequantise(weight, torch.float32), want.float())
 
 
 def test_x_of_another_width_is_refused_with_both_shapes(noise: torch.Generator) -> None:

@@ -14,7 +14,6 @@ from tests.quantization import writers
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import FORMATS, scheme_of
-from tgi_server.quantization.scheme import covers
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -43,7 +42,7 @@ def read(section: dict[str, Any], tensors: dict[str, Tensor], out: int, columns:
     scheme = scheme_of({"quantization_config": section}, Path("model"))
     assert scheme is not None
     held = Held({f"m.{leaf}": tensor for leaf, tensor in tensors.items()})
-    assert covers(scheme, held, "m")
+    assert scheme.covers(held, "m")
     return scheme.read(held, "m", out, columns)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED, linear, pack_linear
-from tgi_kernels.quant import pack_quant, quant_linear
-from tgi_kernels.quant_weight import QuantWeight, stack
+from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
 from tgi_server.layers.weights import Weights
 
 
@@ -59,11 +59,10 @@ class Dense:
 
 
 class Quantised:
-    """Matrices of a few bits, all with the same grouping of columns."""
+    """A matrix of a few bits that kernels take."""
 
-    def __init__(self, weights: Weights, parts: Sequence[QuantWeight]) -> None:
-        whole = stack(parts) if len(parts) > 1 else parts[0]
-        self.packed = pack_quant(whole.to(weights.device), weights.dtype)
+    def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
+        self.packed = pack_quant(matrix, weights.dtype)
 
     def __call__(
         self,
@@ -125,11 +124,17 @@ def _finished(y: Tensor, residual: Tensor | None, gate: Gate | None, out: Tensor
 def _product(weights: Weights, run: Sequence[Tensor | QuantWeight]) -> Product:
     """Of matrices that fit together."""
     dense = [matrix for matrix in run if isinstance(matrix, Tensor)]
-    return (
-        Dense(weights, dense)
-        if dense
-        else Quantised(weights, [part for part in run if isinstance(part, QuantWeight)])
-    )
+    if dense:
+        return Dense(weights, dense)
+    return quantised_product(weights, [part for part in run if isinstance(part, QuantWeight)])
+
+
+def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product:
+    """Of matrices of a few bits; of the dense matrix they stand for, where no kernel multiplies them as they are."""
+    whole = (stack(parts) if len(parts) > 1 else parts[0]).to(weights.device)
+    if fits_kernels(whole):
+        return Quantised(weights, whole)
+    return Dense(weights, [dequantise(whole, weights.dtype)])
 
 
 def _rows(matrix: Tensor | QuantWeight) -> int:
@@ -140,8 +145,4 @@ def _fit(a: Tensor | QuantWeight, b: Tensor | QuantWeight) -> bool:
     """Whether both can be rows of one matrix."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor)
-    if (a.bits, a.group_size, a.scales.dtype) != (b.bits, b.group_size, b.scales.dtype):
-        return False
-    if a.order is None or b.order is None:
-        return a.order is b.order
-    return torch.equal(a.order, b.order)
+    return fits_together(a, b)

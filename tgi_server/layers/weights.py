@@ -12,7 +12,7 @@ from torch import Tensor
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.errors import StartupError
-from tgi_server.quantization.scheme import Scheme, covers
+from tgi_server.quantization.scheme import Scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -71,7 +71,7 @@ class Weights:
     def matrix(self, leaf: str, out_features: int, in_features: int) -> Tensor | QuantWeight:
         """Matrix `leaf`, dense as `stored` gives it, or quantised; [out_features, in_features]."""
         name = self.name(leaf)
-        if self.scheme is not None and covers(self.scheme, self.checkpoint, name):
+        if self.scheme is not None and self.scheme.covers(self.checkpoint, name):
             return self.scheme.read(self.checkpoint, name, out_features, in_features)
         return self.stored(f"{leaf}.weight", out_features, in_features)
 

@@ -22,6 +22,7 @@ from tgi_server.quantization.scheme import (
     group_size_of,
     read_as,
     read_scales,
+    replaces_weight,
     unpack_stream,
 )
 
@@ -50,6 +51,9 @@ class Awq:
     @property
     def leaf(self) -> str:
         return "qweight"
+
+    def covers(self, tensors: Tensors, name: str) -> bool:
+        return replaces_weight(self.leaf, tensors, name)
 
     def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
         where = f"{tensors.folder}: {name}"

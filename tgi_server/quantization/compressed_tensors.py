@@ -25,7 +25,7 @@ from tgi_server.quantization.scheme import (
     group_size_of,
     read_as,
     read_scales,
-    stored_bits,
+    replaces_weight,
     unpack_stream,
 )
 
@@ -71,6 +71,9 @@ class CompressedTensors:
     def leaf(self) -> str:
         return "weight_packed"
 
+    def covers(self, tensors: Tensors, name: str) -> bool:
+        return replaces_weight(self.leaf, tensors, name)
+
     def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
         where = f"{tensors.folder}: {name}"
         settings = next((group for group in self.groups if group.applies_to(name)), None)
@@ -99,7 +102,7 @@ class CompressedTensors:
         order = _order(tensors, name, groups, size)
         if order is not None:
             codes = codes.index_select(1, order)
-        return QuantWeight(codes, scales, zeros, size, stored_bits(bits), order)
+        return QuantWeight(codes, scales, zeros, size, bits, order)
 
 
 def _settings(group: object, where: str) -> WeightSettings:

@@ -24,7 +24,7 @@ from tgi_server.quantization.scheme import (
     pack_stream,
     read_as,
     read_scales,
-    stored_bits,
+    replaces_weight,
     unpack_stream,
 )
 
@@ -91,6 +91,9 @@ class Gptq:
     def leaf(self) -> str:
         return "qweight"
 
+    def covers(self, tensors: Tensors, name: str) -> bool:
+        return replaces_weight(self.leaf, tensors, name)
+
     def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
         where = f"{tensors.folder}: {name}"
         groups, size = group_count(where, in_features, self.group_size)
@@ -108,7 +111,7 @@ class Gptq:
         if order is not None:
             codes = codes.index_select(1, order)
         zeros = self._zeros(tensors, name, groups, out_features)
-        return QuantWeight(codes, scales, zeros, size, stored_bits(self.bits), order)
+        return QuantWeight(codes, scales, zeros, size, self.bits, order)
 
     def _zeros(self, tensors: Tensors, name: str, groups: int, out_features: int) -> Tensor:
         shape = (groups, out_features * self.bits // 32)

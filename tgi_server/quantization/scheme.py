@@ -36,15 +36,18 @@ class Scheme(Protocol):
 
     @property
     def leaf(self) -> str:
-        """The tensor that each quantised matrix has in place of its "weight"."""
+        """A tensor that each quantised matrix has and no dense one."""
+
+    def covers(self, tensors: Tensors, name: str) -> bool:
+        """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if tensors contradict it."""
 
     def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
         """Matrix `name` as codes. Raises StartupError naming the tensor that contradicts another or the config."""
 
 
-def covers(scheme: Scheme, tensors: Tensors, name: str) -> bool:
-    """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if it is there twice."""
-    names, leaf = tensors.names(), scheme.leaf
+def replaces_weight(leaf: str, tensors: Tensors, name: str) -> bool:
+    """Whether matrix `name` has `leaf` in place of "weight". Raises StartupError if it has both."""
+    names = tensors.names()
     if f"{name}.{leaf}" not in names:
         return False
     if f"{name}.weight" in names:
@@ -100,11 +103,6 @@ def group_count(where: str, in_features: int, group_size: int) -> tuple[int, int
     if size % 8 and size != in_features:
         raise StartupError(f"{where}: group_size is {group_size}; multiples of 8, and -1, are served")
     return in_features // size, size
-
-
-def stored_bits(bits: int) -> int:
-    """The width in which kernels store codes of `bits` bits."""
-    return 4 if bits <= 4 else 8
 
 
 def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
-from tgi_server.layers.product import Quantised
+from tgi_server.layers.product import quantised_product
 from tgi_server.layers.weights import Weights
 from tgi_server.memory import usable_memory_bytes
 from tgi_server.models import load_model
@@ -114,7 +114,7 @@ class _Job:
         ]
         weight = torch.cat(matrices).float()  # rows do not know of each other, so all are one matrix
         codes = nearest(weight, self._grid) if hessian is None else gptq(weight, hessian, self._grid)
-        linear.product = Quantised(self._weights, [codes.stored(self._grid.bits)])
+        linear.product = quantised_product(self._weights, [codes.stored(self._grid.bits)])
         tensors: dict[str, Tensor] = {}
         first = 0
         for name, out in zip(linear.names, linear.outs, strict=True):
@@ -134,7 +134,7 @@ class _Job:
                 self._scheme.read(held, name, out, linear.in_features)
                 for name, out in zip(linear.names, linear.outs, strict=True)
             ]
-            linear.product = Quantised(self._weights, parts)
+            linear.product = quantised_product(self._weights, parts)
 
     def _rest(self) -> dict[str, Tensor]:
         """What is not quantised, as it is."""

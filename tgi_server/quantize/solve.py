@@ -51,7 +51,7 @@ class Codes:
         order = self.group_of.argsort(stable=True)
         codes = self.codes.index_select(1, order)
         given = None if torch.equal(order, torch.arange(len(order))) else order
-        return QuantWeight(codes, self.scales, self.zeros, size, 4 if bits <= 4 else 8, given)
+        return QuantWeight(codes, self.scales, self.zeros, size, bits, given)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Codes:
