@@ -109,7 +109,8 @@ def calls(device: str) -> Iterator[Call]:
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
-    "pack_linear", "pack_quant", "pack_cuda", "stack", "dequantise", "dequantise_packed",
+    "pack_linear", "pack_quant", "pack_cuda", "stack", "dequantise", "dequantise_packed", "table",
+    "fits_together", "fits_kernels", "fits_cuda",
     "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 
