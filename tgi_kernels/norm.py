@@ -1,4 +1,4 @@
-"""Root mean square normalisation. Zhang and Sennrich 2019, arXiv:1910.07467."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from tgi_kernels._check import check_alike, check_contiguous, check_shape
 from tgi_kernels._library import ops, register_fakes
 
-register_fakes("rms_norm", "add_rms_norm")
+register_fakes("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -42,11 +42,61 @@ def add_rms_norm(
         ops.add_rms_norm(x, residual, weight, eps, out)
     except RuntimeError:
         _check(x, weight, out)
-        check_shape("residual", residual, x.shape)
-        check_alike("residual", residual, "x", x)
-        check_contiguous("residual", residual)
+        _check_residual(x, residual)
         raise
     return out
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """(x - mean of x) · weight / √(variance of x + eps) + bias, over the last dimension.
+
+    x: [tokens, hidden], rows contiguous. weight, bias: [hidden]. out: x's shape, may be x; allocated when not
+    given. Returns out.
+    Raises ValueError for shapes, dtypes or devices that do not fit each other.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    try:
+        ops.layer_norm(x, weight, bias, eps, out)
+    except RuntimeError:
+        _check(x, weight, out)
+        _check_bias(x, bias)
+        raise
+    return out
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """residual += x in place, rounded to its dtype; then the norm of what was stored, as `layer_norm`.
+
+    x, residual: [tokens, hidden]. weight, bias: [hidden]. out: x's shape, may be x; allocated when not given.
+    Returns out.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    try:
+        ops.add_layer_norm(x, residual, weight, bias, eps, out)
+    except RuntimeError:
+        _check(x, weight, out)
+        _check_bias(x, bias)
+        _check_residual(x, residual)
+        raise
+    return out
+
+
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    check_shape("residual", residual, x.shape)
+    check_alike("residual", residual, "x", x)
+    check_contiguous("residual", residual)
+
+
+def _check_bias(x: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        check_shape("bias", bias, x.shape[1:])
+        check_alike("bias", bias, "x", x)
 
 
 def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:

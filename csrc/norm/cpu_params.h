@@ -7,17 +7,19 @@
 
 namespace tgi {
 
-struct RmsNormParams {
+struct NormParams {
   const float* x;  // [tokens, hidden], rows x_stride apart
   int64_t x_stride;
   float* residual;      // [tokens, hidden] or nullptr: x is added to it in place, and the sum is normalised
   const float* weight;  // [hidden]
+  const float* bias;    // [hidden] or nullptr
   float* out;           // [tokens, hidden]
   int64_t tokens;
   int64_t hidden;
   float eps;
+  bool centred;  // LayerNorm: the mean is taken off first; else RMSNorm, without bias
 };
 
-TGI_CPU_KERNEL(rms_norm, RmsNormParams)
+TGI_CPU_KERNEL(norm, NormParams)
 
 }  // namespace tgi

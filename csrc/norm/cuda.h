@@ -9,21 +9,23 @@
 
 namespace tgi {
 
-// out = x · rsqrt(mean(x²) + eps) · weight, row by row. With a residual: residual += x first (stored
-// rounded), and the norm is of what was stored. All of one dtype; rows are contiguous, strides are in
-// elements.
-struct RmsNormParams {
+// RMSNorm: out = x · rsqrt(mean(x²) + eps) · weight, row by row. Centred, LayerNorm: with x less its mean,
+// plus bias. With a residual: residual += x first (stored rounded), and the norm is of what was stored. All
+// of one dtype; rows are contiguous, strides are in elements.
+struct NormParams {
   void* out;           // [tokens, hidden]
   const void* x;       // [tokens, hidden]
   void* residual;      // [tokens, hidden] or null
   const void* weight;  // [hidden]
+  const void* bias;    // [hidden] or null; RMSNorm has none
   int64_t tokens;
   int hidden;
   int64_t out_stride, x_stride, residual_stride;
   float eps;
+  bool centred;
   bool aligned;  // every row starts on 16 bytes and hidden is a multiple of the vector
 };
 
-cudaError_t rms_norm(const RmsNormParams& params, DType dtype, cudaStream_t stream);
+cudaError_t norm(const NormParams& params, DType dtype, cudaStream_t stream);
 
 }  // namespace tgi

@@ -4,8 +4,8 @@
 namespace tgi {
 namespace {
 
-void run(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, const Tensor& out,
-         const char* op) {
+void run(const Tensor& x, const Tensor* residual, const Tensor& weight, const std::optional<Tensor>& bias,
+         bool centred, double eps, const Tensor& out, const char* op) {
   check_dims(x, 2, "x");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check_rows(x, x, "x");
@@ -13,18 +13,24 @@ void run(const Tensor& x, const Tensor* residual, const Tensor& weight, double e
   check_rows(out, x, "out");
   check_shape(weight, {hidden}, "weight");
   check_shape(out, {tokens, hidden}, "out");
+  if (bias.has_value()) {
+    check_rows(*bias, x, "bias");
+    check_shape(*bias, {hidden}, "bias");
+  }
   const DType dtype = dtype_of(x, "x");
-  RmsNormParams params{
+  NormParams params{
       .out = out.mutable_data_ptr(),
       .x = x.const_data_ptr(),
       .residual = nullptr,
       .weight = weight.const_data_ptr(),
+      .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
       .tokens = tokens,
       .hidden = static_cast<int>(hidden),
       .out_stride = out.stride(0),
       .x_stride = x.stride(0),
       .residual_stride = 0,
       .eps = static_cast<float>(eps),
+      .centred = centred,
       .aligned = false,
   };
   if (residual != nullptr) {
@@ -36,17 +42,27 @@ void run(const Tensor& x, const Tensor* residual, const Tensor& weight, double e
   const int bytes = bytes_of(dtype);
   params.aligned = hidden * bytes % 16 == 0 && is_aligned(params.out, params.out_stride * bytes) &&
                    is_aligned(params.x, params.x_stride * bytes) && is_aligned(params.weight) &&
-                   is_aligned(params.residual, params.residual_stride * bytes);
-  check_launch(rms_norm(params, dtype, stream_of(x)), op);
+                   is_aligned(params.bias) && is_aligned(params.residual, params.residual_stride * bytes);
+  check_launch(norm(params, dtype, stream_of(x)), op);
 }
 
 void rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
-  run(x, nullptr, weight, eps, out, "rms_norm");
+  run(x, nullptr, weight, std::nullopt, false, eps, out, "rms_norm");
 }
 
 void add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                        const Tensor& out) {
-  run(x, &residual, weight, eps, out, "add_rms_norm");
+  run(x, &residual, weight, std::nullopt, false, eps, out, "add_rms_norm");
+}
+
+void layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+                     const Tensor& out) {
+  run(x, nullptr, weight, bias, true, eps, out, "layer_norm");
+}
+
+void add_layer_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                         const std::optional<Tensor>& bias, double eps, const Tensor& out) {
+  run(x, &residual, weight, bias, true, eps, out, "add_layer_norm");
 }
 
 }  // namespace
@@ -55,4 +71,6 @@ void add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& we
 STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&tgi::rms_norm_cuda));
   m.impl("add_rms_norm", TORCH_BOX(&tgi::add_rms_norm_cuda));
+  m.impl("layer_norm", TORCH_BOX(&tgi::layer_norm_cuda));
+  m.impl("add_layer_norm", TORCH_BOX(&tgi::add_layer_norm_cuda));
 }

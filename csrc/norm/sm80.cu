@@ -1,4 +1,5 @@
-// RMSNorm, alone and with the residual add in front. Zhang and Sennrich 2019, arXiv:1910.07467.
+// RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et al. 2016, arXiv:1607.06450), alone
+// and with the residual add in front.
 #include "common/dispatch.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
@@ -16,9 +17,9 @@ constexpr int kVecs =
 
 // One CTA a row; the row stays in registers between the two passes. Thread t holds vectors t and t + threads,
 // so the sum's order follows from the row's length alone.
-template <typename T, bool kResidual>
-__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(const RmsNormParams p) {
-  __shared__ float partial[32];
+template <typename T, bool kResidual, bool kCentred>
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const NormParams p) {
+  __shared__ float partial[kCentred ? 64 : 32];
   const int64_t token = blockIdx.x;
   const T* x_row = static_cast<const T*>(p.x) + token * p.x_stride;
   T* residual_row = static_cast<T*>(p.residual) + token * p.residual_stride;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(const RmsNormP
     if constexpr (kResidual) residual[i] = load_streaming(residual_row + first(i));
   }
 
-  float squares = 0.0f;
+  float squares = 0.0f, total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     if constexpr (kResidual) {
@@ -51,7 +52,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(const RmsNormP
       if (first(i) < p.hidden) store(residual_row + first(i), x[i]);
     }
 #pragma unroll
-    for (int j = 0; j < kVec<T>; ++j) squares = fmaf(element(x[i], j), element(x[i], j), squares);
+    for (int j = 0; j < kVec<T>; ++j) {
+      if constexpr (kCentred) {
+        total += element(x[i], j);
+      } else {
+        squares = fmaf(element(x[i], j), element(x[i], j), squares);
+      }
+    }
+  }
+  float mean = 0.0f;
+  if constexpr (kCentred) {
+    mean = block_sum(total, partial + 32) * share;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (first(i) >= p.hidden) continue;
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) {
+        squares = fmaf(element(x[i], j) - mean, element(x[i], j) - mean, squares);
+      }
+    }
   }
   const float scale = rsqrtf(fmaf(block_sum(squares, partial), share, p.eps));
 
@@ -59,32 +78,52 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(const RmsNormP
   for (int i = 0; i < kVecs; ++i) {
     if (first(i) >= p.hidden) continue;
     float y[kVec<T>];
+    if constexpr (kCentred) {
+      Vec<T> bias = {};
+      if (p.bias) bias = load_constant(static_cast<const T*>(p.bias) + first(i));
 #pragma unroll
-    for (int j = 0; j < kVec<T>; ++j) y[j] = element(x[i], j) * scale * element(weight[i], j);
+      for (int j = 0; j < kVec<T>; ++j) {
+        y[j] = fmaf((element(x[i], j) - mean) * scale, element(weight[i], j), element(bias, j));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVec<T>; ++j) y[j] = element(x[i], j) * scale * element(weight[i], j);
+    }
     store(out_row + first(i), pack<T>(y));
   }
 }
 
-// Rows of any length and alignment, element by element; the second pass reads the row from L1 or L2.
+// Rows of any length and alignment, element by element; later passes read the row from L1 or L2.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_any_kernel(const RmsNormParams p) {
-  __shared__ float partial[32];
+__global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(const NormParams p) {
+  __shared__ float partial[64];
   const int64_t token = blockIdx.x;
   const T* row = static_cast<const T*>(p.x) + token * p.x_stride;
   T* residual_row = p.residual ? static_cast<T*>(p.residual) + token * p.residual_stride : nullptr;
 
   let_next_start();
   wait_for_previous();
-  float squares = 0.0f;
+  float squares = 0.0f, total = 0.0f;
   for (int i = threadIdx.x; i < p.hidden; i += blockDim.x) {
     T x = row[i];
     if (residual_row) residual_row[i] = x = from_float<T>(to_float(x) + to_float(residual_row[i]));
+    total += to_float(x);
     squares = fmaf(to_float(x), to_float(x), squares);
+  }
+  const T* stored = residual_row ? residual_row : row;
+  float mean = 0.0f;
+  if (p.centred) {
+    mean = block_sum(total, partial + 32) / p.hidden;
+    squares = 0.0f;
+    for (int i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+      squares = fmaf(to_float(stored[i]) - mean, to_float(stored[i]) - mean, squares);
+    }
   }
   const float scale = rsqrtf(block_sum(squares, partial) / p.hidden + p.eps);
   for (int i = threadIdx.x; i < p.hidden; i += blockDim.x) {
-    const float x = to_float(residual_row ? residual_row[i] : row[i]);
-    const float y = x * scale * to_float(static_cast<const T*>(p.weight)[i]);
+    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[i]) : 0.0f;
+    const float y =
+        fmaf((to_float(stored[i]) - mean) * scale, to_float(static_cast<const T*>(p.weight)[i]), bias);
     static_cast<T*>(p.out)[token * p.out_stride + i] = from_float<T>(y);
   }
 }
@@ -93,16 +132,18 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_any_kernel(const RmsNorm
 
 // ---- host ----
 
-cudaError_t rms_norm(const RmsNormParams& p, DType dtype, cudaStream_t stream) {
+cudaError_t norm(const NormParams& p, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   return by_dtype(dtype, [&]<typename T>() {
     const dim3 grid(static_cast<unsigned>(p.tokens));
     const int threads = (p.hidden / kVec<T> + kVecs * 32 - 1) / (kVecs * 32) * 32;
     if (p.aligned && threads <= kMaxThreads) {
-      const auto kernel = p.residual ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
+      const auto kernel = p.centred
+                              ? (p.residual ? norm_kernel<T, true, true> : norm_kernel<T, false, true>)
+                              : (p.residual ? norm_kernel<T, true, false> : norm_kernel<T, false, false>);
       return launch(kernel, grid, threads, 0, stream, p);
     }
-    return launch(rms_norm_any_kernel<T>, grid, kMaxThreads, 0, stream, p);
+    return launch(norm_any_kernel<T>, grid, kMaxThreads, 0, stream, p);
   });
 }
 

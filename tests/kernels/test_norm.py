@@ -6,7 +6,7 @@ import torch
 from tests.kernels.compare import activation_dtypes, assert_near, assert_same_bits, normal, poisoned
 from tgi_kernels import cpu
 from tgi_kernels._library import ops
-from tgi_kernels.norm import add_rms_norm, rms_norm
+from tgi_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tgi_kernels.reference import norm as oracle
 
 EPS = 1e-5
@@ -36,11 +36,57 @@ def test_add_rms_norm_stores_the_rounded_sum_and_normalises_that(
         assert_near(out, want)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+def test_layer_norm_is_the_oracles(
+    noise: torch.Generator, device: str, tokens: int, hidden: int, has_bias: bool
+) -> None:
+    for dtype in activation_dtypes(device):
+        x = 3 + normal(noise, tokens, hidden, dtype=dtype, device=device)
+        weight, bias = normal(noise, 2, hidden, dtype=dtype, device=device)
+        given = bias if has_bias else None
+        out = poisoned(tokens, hidden, dtype=dtype, device=device)
+        assert layer_norm(x, weight, given, EPS, out) is out
+        # x less its mean cancels: the error is that of x, not of the result.
+        assert_near(out, oracle.layer_norm(x, weight, given, EPS), times=8)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("tokens", "hidden"), SIZES)
+def test_add_layer_norm_stores_the_rounded_sum_and_normalises_that(
+    noise: torch.Generator, device: str, tokens: int, hidden: int
+) -> None:
+    for dtype in activation_dtypes(device):
+        x, residual = (normal(noise, tokens, hidden, dtype=dtype, device=device) for _ in range(2))
+        weight, bias = normal(noise, 2, hidden, dtype=dtype, device=device)
+        want, want_residual = oracle.add_layer_norm(x, residual, weight, bias, EPS)
+        out = poisoned(tokens, hidden, dtype=dtype, device=device)
+        add_layer_norm(x, residual, weight, bias, EPS, out)
+        assert_same_bits(residual, want_residual)
+        assert_near(out, want, times=8)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3])
+def test_layer_norm_of_a_row_far_from_zero_keeps_what_is_left_of_it(
+    noise: torch.Generator, device: str, spread: float
+) -> None:
+    dtype = activation_dtypes(device)[0]
+    x = 100 + spread * normal(noise, 5, 640, dtype=dtype, device=device)
+    weight, bias = normal(noise, 2, 640, dtype=dtype, device=device)
+    out = layer_norm(x, weight, bias, EPS)
+    exact = oracle.layer_norm(x, weight, bias, EPS)
+    assert (out.double() - exact).abs().max() < 2e-2 * max(1.0, float(exact.abs().max()))
+    assert out.isfinite().all()
+
+
 def test_rms_norm_may_write_over_its_input(noise: torch.Generator, device: str) -> None:
     dtype = activation_dtypes(device)[0]
     x, weight = (normal(noise, *shape, dtype=dtype, device=device) for shape in ((7, 100), (100,)))
     want = rms_norm(x, weight, EPS)
     assert_same_bits(rms_norm(x, weight, EPS, x), want)
+    want = layer_norm(x, weight, weight, EPS)
+    assert_same_bits(layer_norm(x, weight, weight, EPS, x), want)
 
 
 def test_rms_norm_reads_rows_that_lie_apart(noise: torch.Generator, device: str) -> None:
@@ -48,6 +94,7 @@ def test_rms_norm_reads_rows_that_lie_apart(noise: torch.Generator, device: str)
     wide, weight = (normal(noise, *shape, dtype=dtype, device=device) for shape in ((7, 300), (100,)))
     x = wide[:, 100:200]
     assert_same_bits(rms_norm(x, weight, EPS), rms_norm(x.contiguous(), weight, EPS))
+    assert_same_bits(layer_norm(x, weight, None, EPS), layer_norm(x.contiguous(), weight, None, EPS))
 
 
 def test_a_rows_norm_does_not_depend_on_the_other_rows(noise: torch.Generator, device: str) -> None:
@@ -55,6 +102,9 @@ def test_a_rows_norm_does_not_depend_on_the_other_rows(noise: torch.Generator, d
     x, weight = (normal(noise, *shape, dtype=dtype, device=device) for shape in ((257, 577), (577,)))
     together = rms_norm(x, weight, EPS)
     alone = torch.cat([rms_norm(row, weight, EPS) for row in x.split(1)])
+    assert_same_bits(together, alone)
+    together = layer_norm(x, weight, weight, EPS)
+    alone = torch.cat([layer_norm(row, weight, weight, EPS) for row in x.split(1)])
     assert_same_bits(together, alone)
 
 
@@ -74,6 +124,10 @@ def test_norms_do_not_depend_on_the_number_of_threads(
 def test_a_weight_of_another_size_is_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \[9\]; it needs \[8\]"):
         rms_norm(torch.zeros(2, 8), torch.zeros(9), EPS)
+    with pytest.raises(ValueError, match=r"bias has shape \[9\]; it needs \[8\]"):
+        layer_norm(torch.zeros(2, 8), torch.zeros(8), torch.zeros(9), EPS)
+    with pytest.raises(ValueError, match=r"residual has shape \[3, 8\]; it needs \[2, 8\]"):
+        add_layer_norm(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(8), None, EPS)
 
 
 def test_half_precision_on_the_cpu_is_refused_with_the_mend() -> None:
@@ -85,3 +139,5 @@ def test_the_schemas_of_norms_tell_what_is_written(noise: torch.Generator) -> No
     x, residual, weight = normal(noise, 3, 20), normal(noise, 3, 20), normal(noise, 20)
     torch.library.opcheck(ops.rms_norm, (x, weight, EPS, torch.empty_like(x)))
     torch.library.opcheck(ops.add_rms_norm, (x, residual, weight, EPS, torch.empty_like(x)))
+    torch.library.opcheck(ops.layer_norm, (x, weight, weight, EPS, torch.empty_like(x)))
+    torch.library.opcheck(ops.add_layer_norm, (x, residual, weight, None, EPS, torch.empty_like(x)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.compare import assert_near
 from tgi_kernels import activation, norm, rope
 from tgi_kernels.reference import activation as activation_reference
 from tgi_kernels.reference import norm as norm_reference
@@ -60,6 +61,21 @@ def test_a_norm_after_an_add_is_of_the_stored_sum(dtype: torch.dtype, hidden: in
     out = norm.add_rms_norm(x, residual, weight, EPS, out=poisoned(19, hidden, dtype=dtype))
     assert torch.equal(residual, total)
     assert_rounded(out, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [64, 576, 1000, 4096, 16384, 16392, 33, 20001])
+def test_a_layer_norm_is_of_the_stored_sum_and_near_float64(dtype: torch.dtype, hidden: int) -> None:
+    x, residual = random(2, 19, hidden, dtype=dtype)
+    weight, bias = random(2, hidden, dtype=dtype)
+    plain = norm.layer_norm(x, weight, bias, EPS, out=poisoned(19, hidden, dtype=dtype))
+    assert_near(plain, norm_reference.layer_norm(x, weight, bias, EPS), times=4)
+    exact, total = norm_reference.add_layer_norm(x, residual, weight, None, EPS)
+    out = norm.add_layer_norm(x, residual, weight, None, EPS, out=poisoned(19, hidden, dtype=dtype))
+    assert torch.equal(residual, total)
+    assert_near(out, exact, times=4)
+    alone = torch.cat([norm.layer_norm(row[None], weight, bias, EPS) for row in x])
+    assert torch.equal(plain, alone)
 
 
 def test_a_norm_takes_rows_that_lie_apart_and_may_overwrite_them() -> None:
