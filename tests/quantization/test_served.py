@@ -71,9 +71,9 @@ CASES: dict[str, tuple[dict[str, object], Callable[[str, Tensor], Made]]] = {
 }
 
 
-def load(folder: Path) -> Paged:
+def load(folder: Path, quantize: str = "") -> Paged:
     config = ModelConfig.from_folder(folder)
-    return Paged(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32), config)
+    return Paged(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32, quantize), config)
 
 
 def write_model(folder: Path) -> None:

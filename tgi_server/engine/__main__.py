@@ -126,7 +126,7 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
         room = room_bytes(config.memory_fraction, device)
     config = _planned(config, model_config, room)
     with startup.phase("weights"):
-        model = load_model(_source(config, startup), model_config, device, dtype)
+        model = load_model(_source(config, startup), model_config, device, dtype, config.quantize)
         torch.cuda.synchronize(device)
     with startup.phase("cache and graphs"):
         return GpuRunner(config, model, dtype)

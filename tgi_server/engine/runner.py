@@ -39,7 +39,11 @@ class CpuRunner:
         """
         model_config = ModelConfig.from_folder(config.model)
         self._model = load_model(
-            source or Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32
+            source or Checkpoint(config.model),
+            model_config,
+            torch.device("cpu"),
+            torch.float32,
+            config.quantize,
         )
         self.num_pages = config.num_pages
         self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))

@@ -23,9 +23,9 @@ from tgi_server.quantize.text import windows
 def run_quantize(args: argparse.Namespace) -> None:
     """Write args.out from args.model, then say how good it is. Raises StartupError."""
     settle(args)
+    args.model = source = model_folder(args.model)
     method = make_method(args)
     _use_threads(args.threads)
-    source = model_folder(args.model)
     Job(source, args, method).run()
     pieces = windows(source, args.text, 16, args.length, held_back=True)
     own, base = _forward(args.out, args.length), _forward(source, args.length)

@@ -138,13 +138,19 @@ class _Held:
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise self._damaged(name)
+        return tuple(self._tensors[name].shape)
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         found = self._tensors.get(name)
         if found is None or found.shape != shape:
-            raise StartupError(
-                f"{name} of the run to go on with is damaged; remove the folder and begin again"
-            )
+            raise self._damaged(name)
         return found
+
+    def _damaged(self, name: str) -> StartupError:
+        return StartupError(f"{name} of the run to go on with is damaged; remove the folder and begin again")
 
 
 def _layers(model: torch.nn.Module) -> dict[str, dict[str, Linear]]:
