@@ -42,12 +42,19 @@ def digest(dense: Tensor) -> str:
     return hashlib.sha256((dense.float() + 0.0).contiguous().numpy().tobytes()).hexdigest()
 
 
-def made(bitsandbytes: Any, case: str) -> tuple[dict[str, Tensor], Tensor]:
-    """The stored tensors of a case by leaf, and the dense matrix that bitsandbytes reads from them."""
-    rows, columns, kind, block, double, storage = CASES[case]
+def matrix(case: str) -> Tensor:
+    """What is quantised."""
+    rows, columns = CASES[case][:2]
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(4)) * 0.05
     weight[0] = 0
     weight[1] *= torch.logspace(-9, 4, columns)
+    return weight
+
+
+def made(bitsandbytes: Any, case: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The stored tensors of a case by leaf, and the dense matrix that bitsandbytes reads from them."""
+    rows, columns, kind, block, double, storage = CASES[case]
+    weight = matrix(case)
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight,
         blocksize=block,

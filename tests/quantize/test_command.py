@@ -25,8 +25,12 @@ STATISTICS = ["--samples", "4"]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    write_model(folder)
+    return make_model(tmp_path / "model")
+
+
+def make_model(folder: Path, **shape: int) -> Path:
+    """With a tokenizer, and a text beside it."""
+    write_model(folder, **shape)
     vocabulary = {word: i for i, word in enumerate([*WORDS, "?"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
