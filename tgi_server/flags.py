@@ -202,6 +202,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         boolean, False, is_switch=True,
     ),
     Flag(
+        "quality-check", _MODEL, "refuse to serve a model that foretells English no better than counting its words",
+        boolean, False, is_switch=True,
+    ),
+    Flag(
         "load-format", _MODEL, "dummy: random weights, to measure", one_of("auto", "dummy"), "auto"
     ),
     Flag(
