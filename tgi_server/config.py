@@ -100,6 +100,7 @@ class EngineConfig:
     dummy_weights: bool = False  # random ones, for measuring
     quantize: str = ""  # the format weights are in, or get while they load; "": as the checkpoint says
     cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
+    page_ids: tuple[int, ...] = ()  # text that the model has to foretell before it is served; empty: none
     log_level: str = "info"
     log_as_json: bool = False
 

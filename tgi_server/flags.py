@@ -212,6 +212,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         one_of(*QUANTIZE), others=("quantization", "-q"),
     ),
     Flag(
+        "quality-check", _MODEL, "refuse to serve a model that foretells English no better than counting its words",
+        boolean, False, is_switch=True,
+    ),
+    Flag(
         "load-format", _MODEL, "dummy: random weights, to measure", one_of("auto", "dummy"), "auto"
     ),
     Flag(

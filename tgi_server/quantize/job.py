@@ -17,13 +17,12 @@ from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import load_product
 from tgi_server.layers.weights import Weights
-from tgi_server.memory import usable_memory_bytes
 from tgi_server.models import load_model
 from tgi_server.quantization.detect import scheme_of
 from tgi_server.quantize.folder import Unfinished
 from tgi_server.quantize.forward import Forward
 from tgi_server.quantize.methods.method import Method
-from tgi_server.quantize.observe import hessians
+from tgi_server.quantize.observe import Statistics, Walk
 from tgi_server.quantize.progress import Progress
 from tgi_server.quantize.text import windows
 
@@ -56,43 +55,44 @@ class Job:
     def run(self) -> None:
         """Every layer that is not there yet, then what is not quantised, then the config."""
         progress = Progress(len(self._layers))
-        waiting = []
-        for layer in self._layers:
+        missing = [layer for layer in self._layers if not self._out.has(layer)]
+        walk = self._walk(progress) if self._method.needs_statistics and missing else None
+        for index, layer in enumerate(self._layers):
             if self._out.has(layer):
+                if walk is not None:
+                    walk.skip(index)
                 self._serve(layer, self._out.load(layer))
                 progress.done(layer, "was there")
             else:
-                waiting.append(layer)
-        if self._method.needs_statistics:
-            self._with_statistics(waiting, progress)
-        else:
-            for layer in waiting:
-                self._quantise(layer, {}, progress)
+                progress.begin()
+                found = walk.observe(index, self._layers[layer]) if walk else {}
+                self._quantise(layer, found)
+                progress.done(layer, "")
+            if walk is not None and index + 1 < len(self._layers):
+                walk.follow(index)
         self._out.save(_REST, self._rest())
         self._out.finish([*self._layers, _REST], self._method.section())
 
-    def _with_statistics(self, waiting: list[str], progress: Progress) -> None:
-        texts = windows(self._source, self._args.text, self._args.samples, self._args.length, held_back=False)
-        for layers in self._within_memory(waiting):
-            observed = {name: linear for layer in layers for name, linear in self._layers[layer].items()}
-            progress.say(f"reading {sum(map(len, texts))} tokens for {len(layers)} layers")
-            found = hessians(self._forward, observed, texts)
-            for layer in layers:
-                self._quantise(layer, {name: found.pop(name) for name in self._layers[layer]}, progress)
+    def _walk(self, progress: Progress) -> Walk:
+        args = self._args
+        texts = windows(self._source, args.text, args.samples, args.length, held_back=False)
+        progress.say(f"reading {sum(map(len, texts))} tokens, layer by layer")
+        return Walk(self._forward, texts)
 
-    def _quantise(self, layer: str, found: Mapping[str, Tensor], progress: Progress) -> None:
+    def _quantise(self, layer: str, found: Mapping[str, Statistics]) -> None:
         """Write a layer's matrices as they are stored; it computes with them from now on."""
-        progress.begin()
         tensors: dict[str, Tensor] = {}
         for first, linear in self._layers[layer].items():
             matrices = {
                 name: self._weights.stored(f"{name}.weight", out, linear.in_features).float()
                 for name, out in zip(linear.names, linear.outs, strict=True)
             }
-            tensors |= self._method.quantise(matrices, found.get(first))
+            statistics = found.get(first)
+            if statistics is not None:
+                matrices = _targets(statistics, matrices)
+            tensors |= self._method.quantise(matrices, statistics and statistics.hessian)
         self._out.save(layer, tensors)
         self._serve(layer, tensors)
-        progress.done(layer, "")
 
     def _serve(self, layer: str, tensors: dict[str, Tensor]) -> None:
         """Let a layer compute with what is written, read back by its format."""
@@ -112,21 +112,6 @@ class Job:
         }
         kept = self._checkpoint.names() - gone - self._written
         return {name: self._checkpoint.tensor(name) for name in kept}
-
-    def _within_memory(self, layers: list[str]) -> list[list[str]]:
-        """As many layers at once as there is memory for the statistics of."""
-        memory = self._args.memory
-        budget = usable_memory_bytes() // 2 if memory is None else int(memory * (1 << 30))
-        runs: list[list[str]] = []
-        left = 0
-        for layer in layers:
-            needed = sum(4 * linear.in_features**2 for linear in self._layers[layer].values())
-            if not runs or needed > left:
-                runs.append([])
-                left = budget
-            left -= needed
-            runs[-1].append(layer)
-        return runs
 
 
 class _Held:
@@ -151,6 +136,12 @@ class _Held:
 
     def _damaged(self, name: str) -> StartupError:
         return StartupError(f"{name} of the run to go on with is damaged; remove the folder and begin again")
+
+
+def _targets(statistics: Statistics, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What codes should come near to in place of the matrices, which have the same inputs."""
+    target = statistics.target(torch.cat(list(matrices.values())))
+    return dict(zip(matrices, target.split([len(matrix) for matrix in matrices.values()]), strict=True))
 
 
 def _layers(model: torch.nn.Module) -> dict[str, dict[str, Linear]]:

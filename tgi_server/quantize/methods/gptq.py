@@ -13,7 +13,8 @@ from torch import Tensor
 from tgi_server.errors import StartupError
 from tgi_server.quantization.gptq import Gptq
 from tgi_server.quantization.scheme import group_count
-from tgi_server.quantize.solve import Grid, gptq, nearest
+from tgi_server.quantize.grid import Grid
+from tgi_server.quantize.solve import gptq, nearest
 
 _BITS: Final = (2, 3, 4, 8)
 
