@@ -146,6 +146,7 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         fp8_cache=asked.fp8_cache,
         memory_fraction=float(str(values["cuda_memory_fraction"])),
         dummy_weights=values["load_format"] == "dummy",
+        quantize=_text(values, "quantize") or "",
         log_level=str(values["log_level"]),
         log_as_json=values["json_output"] is True,
     )

@@ -298,7 +298,7 @@ def test_the_help_of_both_commands_has_every_option_in_its_group(capsys: pytest.
 
 
 def test_a_refused_option_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", "somewhere", "--quantize", "awq"]) == 2
+    assert cli.main(["serve", "somewhere", "--lora-adapters", "one"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("tgi-server: --quantize awq is not supported")
+    assert line.startswith("tgi-server: --lora-adapters one is not supported")
     assert line.count("\n") == 1

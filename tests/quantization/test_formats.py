@@ -31,6 +31,9 @@ class Held:
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.tensors or self.tensors[name].shape != shape:
             found = tuple(self.tensors[name].shape) if name in self.tensors else None
@@ -125,7 +128,7 @@ def test_compressed_tensors_choose_settings_by_target() -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "bitsandbytes", "exl2", "fp8", None])
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "eetq", "exl2", "fp8", None])
 def test_a_format_that_is_not_served_is_refused_by_name(method: str | None) -> None:
     with pytest.raises(StartupError, match=f"quantised as {method!r}; served are {', '.join(FORMATS)}"):
         scheme_of({"quantization_config": {"quant_method": method}}, Path("model"))

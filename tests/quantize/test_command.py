@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,21 @@ from tgi_server import cli
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import Quantised
+from tgi_server.quantize import arguments, methods
 
 WORDS = [f"w{i}" for i in range(100)]
-ARGUMENTS = ["--group-size", "32", "--samples", "4", "--length", "32"]
+GRID = ["--group-size", "32"]
+STATISTICS = ["--samples", "4"]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    write_model(folder)
+    return make_model(tmp_path / "model")
+
+
+def make_model(folder: Path, **shape: int) -> Path:
+    """With a tokenizer, and a text beside it."""
+    write_model(folder, **shape)
     vocabulary = {word: i for i, word in enumerate([*WORDS, "?"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -33,15 +40,16 @@ def model(tmp_path: Path) -> Path:
 
 
 def quantize(model: Path, out: Path, *more: str) -> int:
-    return cli.main(
-        ["quantize", str(model), str(out), "--calibration", str(model / "text"), *ARGUMENTS, *more]
-    )
+    """By GPTQ, with few numbers, unless `more` names another method."""
+    options = [] if "--method" in more else [*GRID, *STATISTICS]
+    text = ["--calibration", str(model / "text"), "--length", "32"]
+    return cli.main(["quantize", str(model), str(out), *text, *options, *more])
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        ["--method", "nearest"],
+        ["--method", "nearest", *GRID],
         ["--desc-act"],
         ["--asymmetric", "--bits", "3"],
         ["--bits", "8", "--memory", "0"],
@@ -75,23 +83,21 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert quantize(model, whole, "--memory", "0") == 0
-    from tgi_server.quantize import command
-
-    solved = command.gptq
+    solved = methods.gptq.gptq
     calls = []
 
-    def fails(*arguments: object) -> object:
+    def fails(*arguments: Any) -> object:
         calls.append(1)
         if len(calls) > 4:
             raise KeyboardInterrupt
-        return solved(*arguments)  # type: ignore[arg-type]
+        return solved(*arguments)
 
-    monkeypatch.setattr(command, "gptq", fails)
+    monkeypatch.setattr(methods.gptq, "gptq", fails)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, stopped, "--memory", "0")
     assert (stopped / ".quantize" / "model.layers.0.safetensors").exists()
     assert quantize(model, stopped, "--memory", "0", "--bits", "8") == 2, "other settings"
-    monkeypatch.setattr(command, "gptq", solved)
+    monkeypatch.setattr(methods.gptq, "gptq", solved)
     assert quantize(model, stopped, "--memory", "0") == 0
     for shard in sorted(whole.glob("*.safetensors")):
         found, want = load_file(stopped / shard.name), load_file(shard)
@@ -117,7 +123,7 @@ def test_eval_compares_with_a_base(model: Path, tmp_path: Path, capsys: pytest.C
     assert cli.main(["eval", str(model), "--against", str(model), *arguments]) == 0
     same = capsys.readouterr().out
     assert "same likeliest token" in same and "100.0%" in same and "verdict: good" in same
-    assert quantize(model, tmp_path / "out", "--bits", "2", "--method", "nearest") == 0
+    assert quantize(model, tmp_path / "out", "--bits", "2", "--method", "nearest", *GRID) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "out"), "--against", str(model), *arguments]) == 0
     assert "verdict: poor" in capsys.readouterr().out
@@ -129,3 +135,18 @@ def test_a_quantised_model_is_not_quantised_again(model: Path, capsys: pytest.Ca
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
     assert quantize(model, model.parent / "out") == 2
     assert "is quantised already" in capsys.readouterr().err
+
+
+def test_the_command_line_and_the_methods_know_the_same_names() -> None:
+    assert list(arguments.METHODS) == list(methods.MAKERS)
+    assert all(kind.takes.keys() <= set(arguments.OPTIONS) for kind in arguments.METHODS.values())
+
+
+def test_an_option_that_means_nothing_to_the_method_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(model, tmp_path / "out", "--method", "nearest", "--desc-act") == 2
+    assert "--desc-act means nothing to --method nearest, which takes --bits" in capsys.readouterr().err
+    assert quantize(model, tmp_path / "out", "--bits", "5") == 2
+    assert "--bits is 5; gptq has 2, 3, 4, 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

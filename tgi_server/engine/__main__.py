@@ -27,6 +27,7 @@ from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
 from tgi_server.engine.failures import DeviceLost
 from tgi_server.engine.gpu_runner import DTYPES, GpuRunner, room_bytes
+from tgi_server.engine.quality import read_page
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.engine.startup import Startup
@@ -75,6 +76,9 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
             config = set_up_cpu(config)
         startup = Startup(channel.send)
         runner = _runner(config, startup)
+        if config.page_ids:
+            with startup.phase("quality check"):
+                _check_quality(config, runner)
     except _NOT_OURS as error:
         log.exception("loading failed")
         hint = f": {TOO_FEW_PROCESSES}" if os.strerror(errno.EAGAIN) in str(error) else ""
@@ -90,6 +94,17 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
         log.critical("%s", error)
         channel.send(EngineStatus(phase="failed", detail=str(error)))
         raise
+
+
+def _check_quality(config: EngineConfig, runner: Runner) -> None:
+    """Raises StartupError if the model foretells text no better than counting does."""
+    page = read_page(config, runner, config.page_ids)
+    page.require_language()
+    log.info(
+        "quality check: perplexity %.1f on a page of plain English, %.1f is that of counting its tokens",
+        page.perplexity,
+        page.by_frequency,
+    )
 
 
 def set_up_cpu(config: EngineConfig) -> EngineConfig:
@@ -126,7 +141,7 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
         room = room_bytes(config.memory_fraction, device)
     config = _planned(config, model_config, room)
     with startup.phase("weights"):
-        model = load_model(_source(config, startup), model_config, device, dtype)
+        model = load_model(_source(config, startup), model_config, device, dtype, config.quantize)
         torch.cuda.synchronize(device)
     with startup.phase("cache and graphs"):
         return GpuRunner(config, model, dtype)

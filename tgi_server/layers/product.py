@@ -11,12 +11,15 @@ from torch import Tensor
 from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant_cuda import has_fused_product
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
 from tgi_server.layers.weights import Weights
 
 
 class Product(Protocol):
-    """x · Wᵀ for the matrices it was made of, stacked."""
+    """x · Wᵀ for the matrices it was made of, stacked. `kind`: their format and the way they are multiplied."""
+
+    kind: str
 
     def __call__(
         self,
@@ -34,9 +37,9 @@ class Product(Protocol):
 
 
 class Dense:
-    """Matrices in 16 or 32 bits."""
+    """Matrices in 16 or 32 bits. `of`: the format they were widened from."""
 
-    def __init__(self, weights: Weights, matrices: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Weights, matrices: Sequence[Tensor], of: str = "") -> None:
         if weights.device.type != "cpu":
             matrix = weights.on_device(*matrices)
         else:
@@ -44,6 +47,8 @@ class Dense:
             if matrix.dtype != torch.bfloat16:
                 # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
                 matrix = matrix.float()
+        name = str(matrix.dtype).removeprefix("torch.")
+        self.kind = f"{of} · widened at load to {name}" if of else f"{name} · dense"
         self.packed = pack_linear(matrix)
 
     def __call__(
@@ -62,6 +67,8 @@ class Quantised:
     """A matrix of a few bits that kernels take."""
 
     def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
+        is_fused = weights.device.type == "cpu" or has_fused_product(weights.device)
+        self.kind = f"{_format(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
         self.packed = pack_quant(matrix, weights.dtype)
 
     def __call__(
@@ -82,6 +89,7 @@ class SideBySide:
     def __init__(self, products: Sequence[Product], outs: Sequence[int]) -> None:
         self.products = products
         self.outs = list(outs)
+        self.kind = " + ".join(dict.fromkeys(product.kind for product in products))
 
     def __call__(
         self,
@@ -134,7 +142,11 @@ def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product
     whole = (stack(parts) if len(parts) > 1 else parts[0]).to(weights.device)
     if fits_kernels(whole):
         return Quantised(weights, whole)
-    return Dense(weights, [dequantise(whole, weights.dtype)])
+    return Dense(weights, [dequantise(whole, weights.dtype)], _format(weights, whole))
+
+
+def _format(weights: Weights, matrix: QuantWeight) -> str:
+    return weights.scheme.title if weights.scheme else f"{matrix.bits} bit {matrix.values}"
 
 
 def _rows(matrix: Tensor | QuantWeight) -> int:

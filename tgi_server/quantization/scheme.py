@@ -23,6 +23,9 @@ class Tensors(Protocol):
     def names(self) -> frozenset[str]:
         """All there are."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, read from the header alone. Raises StartupError if it is missing."""
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored. Raises StartupError if it is missing or its shape is another."""
 

@@ -1,0 +1,153 @@
+"""One model on its way to fewer bits, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.config import ModelConfig
+from tgi_server.errors import StartupError
+from tgi_server.layers.linear import Linear
+from tgi_server.layers.product import load_product
+from tgi_server.layers.weights import Weights
+from tgi_server.models import load_model
+from tgi_server.quantization.detect import scheme_of
+from tgi_server.quantize.folder import Unfinished
+from tgi_server.quantize.forward import Forward
+from tgi_server.quantize.methods.method import Method
+from tgi_server.quantize.observe import Statistics, Walk
+from tgi_server.quantize.progress import Progress
+from tgi_server.quantize.text import windows
+
+_LAYER = re.compile(r"(.*\blayers\.\d+)\.")
+_REST = "rest"
+
+
+class Job:
+    """Writes args.out from `source`. Raises StartupError if one of them, or what is asked, does not fit."""
+
+    def __init__(self, source: Path, args: argparse.Namespace, method: Method) -> None:
+        self._source, self._args, self._method = source, args, method
+        config = ModelConfig.from_folder(source)
+        if scheme_of(config.raw, source) is not None:
+            raise StartupError(f"{source} is quantised already; give the model that it was made of")
+        self._checkpoint = Checkpoint(source)
+        model = load_model(self._checkpoint, config, torch.device("cpu"), torch.float32)
+        self._weights = Weights(self._checkpoint, torch.device("cpu"), torch.float32)
+        self._forward = Forward(model, config, args.length)
+        self._layers = _layers(model)
+        for linears in self._layers.values():
+            for linear in linears.values():
+                method.check(f"{source}: {linear.names[0]}", linear.in_features)
+        settings = {
+            key: str(value) for key, value in vars(args).items() if key not in ("memory", "threads", "out")
+        }
+        self._out = Unfinished(source, args.out, settings)
+        self._written: set[str] = set()
+
+    def run(self) -> None:
+        """Every layer that is not there yet, then what is not quantised, then the config."""
+        progress = Progress(len(self._layers))
+        missing = [layer for layer in self._layers if not self._out.has(layer)]
+        walk = self._walk(progress) if self._method.needs_statistics and missing else None
+        for index, layer in enumerate(self._layers):
+            if self._out.has(layer):
+                if walk is not None:
+                    walk.skip(index)
+                self._serve(layer, self._out.load(layer))
+                progress.done(layer, "was there")
+            else:
+                progress.begin()
+                found = walk.observe(index, self._layers[layer]) if walk else {}
+                self._quantise(layer, found)
+                progress.done(layer, "")
+            if walk is not None and index + 1 < len(self._layers):
+                walk.follow(index)
+        self._out.save(_REST, self._rest())
+        self._out.finish([*self._layers, _REST], self._method.section())
+
+    def _walk(self, progress: Progress) -> Walk:
+        args = self._args
+        texts = windows(self._source, args.text, args.samples, args.length, held_back=False)
+        progress.say(f"reading {sum(map(len, texts))} tokens, layer by layer")
+        return Walk(self._forward, texts)
+
+    def _quantise(self, layer: str, found: Mapping[str, Statistics]) -> None:
+        """Write a layer's matrices as they are stored; it computes with them from now on."""
+        tensors: dict[str, Tensor] = {}
+        for first, linear in self._layers[layer].items():
+            matrices = {
+                name: self._weights.stored(f"{name}.weight", out, linear.in_features).float()
+                for name, out in zip(linear.names, linear.outs, strict=True)
+            }
+            statistics = found.get(first)
+            if statistics is not None:
+                matrices = _targets(statistics, matrices)
+            tensors |= self._method.quantise(matrices, statistics and statistics.hessian)
+        self._out.save(layer, tensors)
+        self._serve(layer, tensors)
+
+    def _serve(self, layer: str, tensors: dict[str, Tensor]) -> None:
+        """Let a layer compute with what is written, read back by its format."""
+        held = _Held(self._source, tensors)
+        weights = replace(self._weights, checkpoint=held, scheme=self._method.scheme)
+        for linear in self._layers[layer].values():
+            linear.product = load_product(weights, linear.names, linear.in_features, linear.outs)
+        self._written |= tensors.keys()
+
+    def _rest(self) -> dict[str, Tensor]:
+        """What is not quantised, as it is."""
+        gone = {
+            f"{name}.weight"
+            for linears in self._layers.values()
+            for linear in linears.values()
+            for name in linear.names
+        }
+        kept = self._checkpoint.names() - gone - self._written
+        return {name: self._checkpoint.tensor(name) for name in kept}
+
+
+class _Held:
+    """Tensors that are about to be written, or were by an earlier run."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        self.folder, self._tensors = folder, tensors
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise self._damaged(name)
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self._tensors.get(name)
+        if found is None or found.shape != shape:
+            raise self._damaged(name)
+        return found
+
+    def _damaged(self, name: str) -> StartupError:
+        return StartupError(f"{name} of the run to go on with is damaged; remove the folder and begin again")
+
+
+def _targets(statistics: Statistics, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What codes should come near to in place of the matrices, which have the same inputs."""
+    target = statistics.target(torch.cat(list(matrices.values())))
+    return dict(zip(matrices, target.split([len(matrix) for matrix in matrices.values()]), strict=True))
+
+
+def _layers(model: torch.nn.Module) -> dict[str, dict[str, Linear]]:
+    """The linears of each block by its name and their own; the head belongs to no block."""
+    found: dict[str, dict[str, Linear]] = {}
+    for module in model.modules():
+        if isinstance(module, Linear) and (match := _LAYER.match(module.names[0])):
+            found.setdefault(match[1], {})[module.names[0]] = module
+    return found

@@ -1,0 +1,26 @@
+"""The ways to quantise, by the names that `tgi_server.quantize.arguments` gives them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod
+from tgi_server.quantize.methods.gptq import GptqMethod
+from tgi_server.quantize.methods.method import Method
+
+MAKERS: Final[Mapping[str, Callable[[argparse.Namespace], Method]]] = {
+    "gptq": GptqMethod.from_arguments,
+    "nearest": GptqMethod.from_arguments,
+    "nf4": FourBitMethod.from_arguments,
+    "int8": EightBitMethod.from_arguments,
+}
+
+
+def make_method(args: argparse.Namespace) -> Method:
+    """The method that settled arguments ask for, whose model is a folder.
+
+    Raises StartupError for values it does not have.
+    """
+    return MAKERS[args.method](args)
