@@ -25,6 +25,9 @@ class Source(Protocol):
     def names(self) -> frozenset[str]:
         """What there is; a source that makes tensors up has no names but reads all."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, read from the header alone. Raises StartupError if it is missing."""
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored. Raises StartupError if it is missing or its shape is another."""
 
@@ -84,7 +87,7 @@ class Weights:
         tensor = self.checkpoint.read(name, shape)
         if tensor.dtype not in FLOATS:
             raise StartupError(
-                f"{self.checkpoint.folder}: {name} is stored as {tensor.dtype}; bfloat16, float16 and "
-                "float32 are served, take a checkpoint that is not quantised"
+                f"{self.checkpoint.folder}: {name} is stored as {tensor.dtype}, with no scales beside it; "
+                "bfloat16, float16 and float32 are served as they are"
             )
         return tensor

@@ -23,6 +23,9 @@ class Tensors(Protocol):
     def names(self) -> frozenset[str]:
         """All there are."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, read from the header alone. Raises StartupError if it is missing."""
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored. Raises StartupError if it is missing or its shape is another."""
 
@@ -36,7 +39,7 @@ class Scheme(Protocol):
 
     @property
     def leaf(self) -> str:
-        """A tensor that each quantised matrix has and no dense one."""
+        """How the name of a tensor begins that each quantised matrix has and no dense one."""
 
     def covers(self, tensors: Tensors, name: str) -> bool:
         """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if tensors contradict it."""
