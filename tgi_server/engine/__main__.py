@@ -36,6 +36,7 @@ from tgi_server.layers.weights import Source
 from tgi_server.logs import TOO_FEW_PROCESSES, logging_to_stderr
 from tgi_server.memory_plan import Asked, can_plan, plan_memory, table
 from tgi_server.models import load_model
+from tgi_server.quantization.kv_scales import kv_scale_warning
 
 _PR_SET_PDEATHSIG = 1
 _NOT_OURS = (MemoryError, OSError, RuntimeError)  # the device's memory is full, a file cannot be read
@@ -141,7 +142,10 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
         room = room_bytes(config.memory_fraction, device)
     config = _planned(config, model_config, room)
     with startup.phase("weights"):
-        model = load_model(_source(config, startup), model_config, device, dtype, config.quantize)
+        source = _source(config, startup)
+        if config.fp8_cache:
+            log.warning("%s", kv_scale_warning(source))
+        model = load_model(source, model_config, device, dtype, config.quantize)
         torch.cuda.synchronize(device)
     with startup.phase("cache and graphs"):
         return GpuRunner(config, model, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -11,8 +12,11 @@ from tgi_server.errors import StartupError
 from tgi_server.quantization.awq import Awq
 from tgi_server.quantization.bitsandbytes import bitsandbytes
 from tgi_server.quantization.compressed_tensors import CompressedTensors
+from tgi_server.quantization.fp8 import Fp8
 from tgi_server.quantization.gptq import Gptq
 from tgi_server.quantization.scheme import Scheme, Section, Tensors
+
+log = logging.getLogger(__name__)
 
 # `quant_method` of a config → its format.
 FORMATS: Final[dict[str, Callable[[Section, str], Scheme]]] = {
@@ -20,10 +24,17 @@ FORMATS: Final[dict[str, Callable[[Section, str], Scheme]]] = {
     "awq": Awq.from_section,
     "compressed-tensors": CompressedTensors.from_section,
     "bitsandbytes": bitsandbytes,
+    "fp8": Fp8.from_section,
+    "fbgemm_fp8": Fp8.from_fbgemm,
+    "modelopt": Fp8.from_modelopt,
 }
 SECTIONS: Final = ("quantization_config", "compression_config")  # of config.json
 # Files of older tools, and the format of each that does not name its own.
-FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+FILES: Final = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
 
 
 def find_scheme(config: Mapping[str, object], tensors: Tensors) -> Scheme | None:
@@ -32,11 +43,14 @@ def find_scheme(config: Mapping[str, object], tensors: Tensors) -> Scheme | None
     Raises StartupError as well if none of them is quantised.
     """
     scheme, names = scheme_of(config, tensors.folder), tensors.names()
-    if scheme is not None and names and not any(name.endswith(f".{scheme.leaf}") for name in names):
+    if scheme is None or not names:
+        return scheme
+    if not any(name.rpartition(".")[2].startswith(scheme.leaf) for name in names):
         raise StartupError(
             f"{tensors.folder}: its config says {scheme.title}, but none of its {len(names)} tensors is a "
             f".{scheme.leaf}; the config or the weights belong to another model"
         )
+    log.info("weights are quantised: %s", scheme.title)
     return scheme
 
 
@@ -52,6 +66,8 @@ def scheme_of(config: Mapping[str, object], folder: Path) -> Scheme | None:
     method = section.get("quant_method", default)
     if section.get("version") in ("GEMM", "GEMV") and "quant_method" not in section:
         method = "awq"  # AutoAWQ wrote quantize_config.json as well
+    if "quant_algo" in section and "quant_method" not in section:
+        method = "modelopt"
     make = FORMATS.get(str(method))
     if make is None:
         raise StartupError(

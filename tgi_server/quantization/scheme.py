@@ -39,7 +39,7 @@ class Scheme(Protocol):
 
     @property
     def leaf(self) -> str:
-        """A tensor that each quantised matrix has and no dense one."""
+        """How the name of a tensor begins that each quantised matrix has and no dense one."""
 
     def covers(self, tensors: Tensors, name: str) -> bool:
         """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if tensors contradict it."""

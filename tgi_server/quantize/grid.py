@@ -8,7 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_SHRINKS: Final = tuple(1.0 - 0.025 * i for i in range(24))  # of the range of a group, to round the many better
+_SHRINKS: Final = tuple(
+    1.0 - 0.025 * i for i in range(24)
+)  # of the range of a group, to round the many better
 _NORM: Final = 2.4  # power of the error of plain rounding: between squares and the largest
 
 
