@@ -138,6 +138,9 @@ class _Held:
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         found = self._tensors.get(name)
         if found is None or found.shape != shape:
