@@ -69,7 +69,7 @@ def test_compressed_tensors_choose_settings_by_target() -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "eetq", "exl2", "mxfp4", None])
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "eetq", "exl3", "mxfp4", None])
 def test_a_format_that_is_not_served_is_refused_by_name(method: str | None) -> None:
     with pytest.raises(StartupError, match=f"quantised as {method!r}; served are {', '.join(FORMATS)}"):
         scheme_of({"quantization_config": {"quant_method": method}}, Path("model"))
@@ -85,8 +85,7 @@ GPTQ_FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "group size 0": (lambda s, _: s.update(group_size=0), r"group_size is 0"),
     "small group": (lambda s, _: s.update(group_size=4), r"group_size is 4; multiples of 8"),
-    "packing": (lambda s, _: s.update(checkpoint_format="marlin"), r"checkpoint_format is 'marlin'"),
-    "own rules": (lambda s, _: s.update(dynamic={"x": {}}), r"`dynamic`"),
+    "packing": (lambda s, _: s.update(checkpoint_format="marlin_24"), r"checkpoint_format is 'marlin_24'"),
     "sym": (lambda s, _: s.update(sym="yes"), r"sym is 'yes'"),
     "zeros off by one": (
         lambda s, _: s.update(sym=True, checkpoint_format="gptq_v2"),

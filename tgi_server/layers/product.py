@@ -12,7 +12,9 @@ from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cuda import has_fused_product
+from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
+from tgi_server.layers.segmented import Segmented
 from tgi_server.layers.weights import Weights
 
 
@@ -129,11 +131,13 @@ def _finished(y: Tensor, residual: Tensor | None, gate: Gate | None, out: Tensor
     return y if residual is None else torch.add(residual, y, out=out)
 
 
-def _product(weights: Weights, run: Sequence[Tensor | QuantWeight]) -> Product:
+def _product(weights: Weights, run: Sequence[Tensor | QuantWeight | Segments]) -> Product:
     """Of matrices that fit together."""
     dense = [matrix for matrix in run if isinstance(matrix, Tensor)]
     if dense:
         return Dense(weights, dense)
+    if segments := [matrix for matrix in run if isinstance(matrix, Segments)]:
+        return _segmented_product(weights, segments)
     return quantised_product(weights, [part for part in run if isinstance(part, QuantWeight)])
 
 
@@ -145,16 +149,29 @@ def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product
     return Dense(weights, [dequantise(whole, weights.dtype)], _format(weights, whole))
 
 
-def _format(weights: Weights, matrix: QuantWeight) -> str:
-    return weights.scheme.title if weights.scheme else f"{matrix.bits} bit {matrix.values}"
+def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:
+    if weights.scheme is not None:
+        return weights.scheme.title
+    return f"{matrix.bits} bit {matrix.values}" if isinstance(matrix, QuantWeight) else "segments"
 
 
-def _rows(matrix: Tensor | QuantWeight) -> int:
+def _segmented_product(weights: Weights, matrices: Sequence[Segments]) -> Product:
+    whole = (stack_segments(matrices) if len(matrices) > 1 else matrices[0]).to(weights.device)
+    if Segmented.takes(whole):
+        return Segmented(weights, whole)
+    return Dense(weights, [dequantise_segments(whole, weights.dtype)], _format(weights, whole))
+
+
+def _rows(matrix: Tensor | QuantWeight | Segments) -> int:
+    if isinstance(matrix, Segments):
+        return _rows(matrix.parts[0])
     return len(matrix if isinstance(matrix, Tensor) else matrix.codes)
 
 
-def _fit(a: Tensor | QuantWeight, b: Tensor | QuantWeight) -> bool:
+def _fit(a: Tensor | QuantWeight | Segments, b: Tensor | QuantWeight | Segments) -> bool:
     """Whether both can be rows of one matrix."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor)
-    return fits_together(a, b)
+    if isinstance(a, Segments) and isinstance(b, Segments):
+        return segments_fit(a, b)
+    if isinstance(a, QuantWeight) and isinstance(b, QuantWeight):
+        return fits_together(a, b)
+    return isinstance(a, Tensor) and isinstance(b, Tensor)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_kernels.quant_segments import Segments
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.errors import StartupError
@@ -71,12 +72,16 @@ class Weights:
                 self.transfer.copy(part, to)
         return rows
 
-    def matrix(self, leaf: str, out_features: int, in_features: int) -> Tensor | QuantWeight:
+    def matrix(self, leaf: str, out_features: int, in_features: int) -> Tensor | QuantWeight | Segments:
         """Matrix `leaf`, dense as `stored` gives it, or quantised; [out_features, in_features]."""
         name = self.name(leaf)
-        if self.scheme is not None and self.scheme.covers(self.checkpoint, name):
+        if self.scheme is not None and self.is_quantised(leaf):
             return self.scheme.read(self.checkpoint, name, out_features, in_features)
         return self.stored(f"{leaf}.weight", out_features, in_features)
+
+    def is_quantised(self, leaf: str) -> bool:
+        """Whether matrix `leaf` is there in the checkpoint's format of few bits."""
+        return self.scheme is not None and self.scheme.covers(self.checkpoint, self.name(leaf))
 
     def stored(self, leaf: str, *shape: int) -> Tensor:
         """The tensor as the checkpoint holds it, a view of its file.

@@ -12,21 +12,25 @@ from tgi_server.errors import StartupError
 from tgi_server.quantization.awq import Awq
 from tgi_server.quantization.bitsandbytes import bitsandbytes
 from tgi_server.quantization.compressed_tensors import CompressedTensors
+from tgi_server.quantization.exl2 import Exl2
 from tgi_server.quantization.fp8 import Fp8
-from tgi_server.quantization.gptq import Gptq
+from tgi_server.quantization.gptq_rules import gptq_scheme
+from tgi_server.quantization.marlin import Marlin
 from tgi_server.quantization.scheme import Scheme, Section, Tensors
 
 log = logging.getLogger(__name__)
 
 # `quant_method` of a config → its format.
 FORMATS: Final[dict[str, Callable[[Section, str], Scheme]]] = {
-    "gptq": Gptq.from_section,
+    "gptq": gptq_scheme,
     "awq": Awq.from_section,
     "compressed-tensors": CompressedTensors.from_section,
     "bitsandbytes": bitsandbytes,
     "fp8": Fp8.from_section,
     "fbgemm_fp8": Fp8.from_fbgemm,
     "modelopt": Fp8.from_modelopt,
+    "exl2": Exl2.from_section,
+    "marlin": Marlin.from_section,
 }
 SECTIONS: Final = ("quantization_config", "compression_config")  # of config.json
 # Files of older tools, and the format of each that does not name its own.

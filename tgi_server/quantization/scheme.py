@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_kernels.quant_segments import Segments
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 
@@ -44,7 +45,9 @@ class Scheme(Protocol):
     def covers(self, tensors: Tensors, name: str) -> bool:
         """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if tensors contradict it."""
 
-    def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
+    def read(
+        self, tensors: Tensors, name: str, out_features: int, in_features: int
+    ) -> QuantWeight | Segments:
         """Matrix `name` as codes. Raises StartupError naming the tensor that contradicts another or the config."""
 
 

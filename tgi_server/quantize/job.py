@@ -90,7 +90,7 @@ class Job:
             statistics = found.get(first)
             if statistics is not None:
                 matrices = _targets(statistics, matrices)
-            tensors |= self._method.quantise(matrices, statistics and statistics.hessian)
+            tensors |= self._method.quantise(matrices, None if statistics is None else statistics.hessian)
         self._out.save(layer, tensors)
         self._serve(layer, tensors)
 
