@@ -10,6 +10,7 @@ from typing import Final
 from tgi_server.errors import StartupError
 from tgi_server.quantization.awq import Awq
 from tgi_server.quantization.compressed_tensors import CompressedTensors
+from tgi_server.quantization.gguf import Gguf
 from tgi_server.quantization.gptq import Gptq
 from tgi_server.quantization.scheme import Scheme, Section, Tensors
 
@@ -18,6 +19,7 @@ FORMATS: Final[dict[str, Callable[[Section, str], Scheme]]] = {
     "gptq": Gptq.from_section,
     "awq": Awq.from_section,
     "compressed-tensors": CompressedTensors.from_section,
+    "gguf": Gguf.from_section,
 }
 SECTIONS: Final = ("quantization_config", "compression_config")  # of config.json
 # Files of older tools, and the format of each that does not name its own.

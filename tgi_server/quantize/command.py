@@ -15,6 +15,7 @@ from torch import Tensor
 from tgi_kernels.cpu import num_threads, set_num_threads
 from tgi_server.checkpoint.hub import model_folder
 from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
@@ -215,7 +216,9 @@ def _layers(model: torch.nn.Module) -> dict[str, dict[str, Linear]]:
 
 def _forward(folder: Path, tokens: int) -> Forward:
     config = ModelConfig.from_folder(folder)
-    return Forward(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32), config, tokens)
+    return Forward(
+        load_model(open_checkpoint(folder), config, torch.device("cpu"), torch.float32), config, tokens
+    )
 
 
 def _use_threads(threads: int | None) -> None:
