@@ -26,8 +26,8 @@ from tgi_kernels.quant_weight import dequantise
 from tgi_server.checkpoint.gguf_blocks import DECODERS, weight_of_blocks
 from tgi_server.checkpoint.gguf_file import GgufFile, GgufTensor
 from tgi_server.checkpoint.gguf_folder import DESCRIPTION, write_description
-from tgi_server.checkpoint.gguf_model import weights
-from tgi_server.checkpoint.gguf_source import GgufCheckpoint, stored_name
+from tgi_server.checkpoint.gguf_model import stored_name, weights
+from tgi_server.checkpoint.gguf_source import GgufCheckpoint
 from tgi_server.errors import StartupError
 
 FILES: Final = (*DESCRIPTION, "model.safetensors")

@@ -20,6 +20,7 @@ ARCHITECTURES: Final = {
     "qwen3": "Qwen3ForCausalLM",
 }
 DENSE: Final = ("F32", "F16", "BF16")
+BLOCKS: Final = "blocks"  # the last part of a quantised matrix's name, see `stored_name`
 
 _TOP_NAMES: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES: Final = {
@@ -92,6 +93,13 @@ def generation_config(gguf: GgufFile) -> dict[str, Any]:
 def weights(gguf: GgufFile) -> dict[str, GgufTensor]:
     """The tensors by Hugging Face's names: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
     return {_name(gguf, name): tensor for name, tensor in gguf.tensors.items() if name != _ROPE_FACTORS}
+
+
+def stored_name(name: str, tensor: GgufTensor) -> str:
+    """What the checkpoint calls the tensor that is `name` in Hugging Face's words: `….q4_k.blocks` if quantised."""
+    if tensor.kind.name in DENSE:
+        return name
+    return f"{name.removesuffix('.weight')}.{tensor.kind.name.lower()}.{BLOCKS}"
 
 
 def heads_of_pairs(gguf: GgufFile, tensor: GgufTensor) -> int | None:

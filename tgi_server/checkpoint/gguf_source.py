@@ -8,11 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tgi_server.checkpoint.gguf_file import GgufFile, GgufTensor
-from tgi_server.checkpoint.gguf_model import DENSE, heads_of_pairs, weights
+from tgi_server.checkpoint.gguf_file import GgufFile
+from tgi_server.checkpoint.gguf_model import heads_of_pairs, stored_name, weights
 from tgi_server.errors import StartupError
-
-BLOCKS: Final = "blocks"  # the last part of a quantised matrix's name
 
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -57,13 +55,6 @@ class GgufCheckpoint:
             data = aligned.view(dtype).view(found.shape)
         heads = heads_of_pairs(self._gguf, found)
         return data if heads is None else _in_halves(data, heads)
-
-
-def stored_name(name: str, tensor: GgufTensor) -> str:
-    """What a checkpoint calls the tensor that is `name` in Hugging Face's words."""
-    if tensor.kind.name in DENSE:
-        return name
-    return f"{name.removesuffix('.weight')}.{tensor.kind.name.lower()}.{BLOCKS}"
 
 
 def _in_halves(rows: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.checkpoint.gguf_blocks import DECODERS, weight_of_blocks
 from tgi_server.checkpoint.gguf_file import KINDS
-from tgi_server.checkpoint.gguf_source import BLOCKS
+from tgi_server.checkpoint.gguf_model import BLOCKS
 from tgi_server.errors import StartupError
 from tgi_server.quantization.scheme import Section, Tensors
 
