@@ -41,7 +41,7 @@ $(VENV)/.environment: constraints-cpu.txt pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 	@echo "building the extensions and installing tgi-server"
-	@$(PIP) install -c constraints-cpu.txt --no-build-isolation --editable '.[gguf]'
+	@$(PIP) install -c constraints-cpu.txt --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed

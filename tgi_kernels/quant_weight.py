@@ -115,6 +115,12 @@ def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
     return _with(parts[0], rows)
 
 
+def some_rows(weight: QuantWeight, start: int, stop: int) -> QuantWeight:
+    """Rows [start, stop), as far as there are any, as a weight of their own."""
+    parts = {name: tensor[start:stop] for name, tensor in _tensors(weight).items() if name != "order"}
+    return _with(weight, parts)
+
+
 def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
     """The dense matrix [out_features, in_features]: float32 rounded to dtype; columns in the order of x.
 

@@ -159,7 +159,8 @@ def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -
             f"--max-input-tokens is {most_input}, but --max-total-tokens is {engine.max_total_tokens}, of which the "
             "answer needs at least one"
         )
-    name = folder.resolve().name if str(folder) == model_id else model_id
+    local = Path(model_id).expanduser()
+    name = local.resolve().name.removesuffix(".gguf") if local.exists() else model_id
     return ServerConfig(
         model=folder,
         model_id=str(values["served_model_name"] or name),

@@ -217,7 +217,7 @@ def alignment(value: int) -> bytes:
 HUGE = 1 << 63
 LIES = {
     "not GGUF": (b"PK\3\4" + bytes(60), "begin with GGUF"),
-    "empty": (b"", "4 bytes are needed"),
+    "empty": (b"", "it is empty"),
     "version 1": (header(version=1), "version is 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
     "huge tensor count": (header(tensors=HUGE) + bytes(64), f"claims {HUGE} tensors"),

@@ -84,7 +84,7 @@ def tokenizer_config(gguf: GgufFile) -> dict[str, object]:
         "add_bos_token": gguf.flag("tokenizer.ggml.add_bos_token", False),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": gguf.size("llama.context_length"),
+        "model_max_length": gguf.size(f"{gguf.text('general.architecture')}.context_length"),
     }
     config |= {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad", "unk") if name in ids}
     if "tokenizer.chat_template" in gguf.metadata:

@@ -1,7 +1,8 @@
-"""Which safetensors files a folder has and what their headers say, without torch and without reading weights.
+"""Which files with weights a folder has and what their headers say, without torch and without reading weights.
 
 Every number in a header is checked against the file's size before anything is read by it, and errors name the file
-and the offset. The format: 8 bytes with the header's length, the header (JSON), then the tensors' bytes without gaps.
+and the offset. Safetensors: 8 bytes with the header's length, the header (JSON), then the tensors' bytes without gaps;
+GGUF: see gguf_file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from math import prod
 from pathlib import Path
 from typing import Final, NoReturn, TypeGuard
 
+from tgi_server.checkpoint.gguf_file import GgufFile
+from tgi_server.checkpoint.gguf_folder import gguf_of
+from tgi_server.checkpoint.gguf_model import weights
 from tgi_server.errors import StartupError
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -46,10 +50,12 @@ class Entry:
 
 
 def stored_types(folder: Path) -> dict[str, str]:
-    """The type of each tensor in the folder as its file writes it, such as "BF16"; empty without files.
+    """The type of each tensor in the folder as its file writes it, such as "BF16" or "Q4_K"; empty without files.
 
     Files that are not there are no error: a plan can do without. Raises StartupError naming one that is damaged.
     """
+    if path := gguf_of(folder):
+        return {name: tensor.kind.name for name, tensor in weights(GgufFile(path)).items()}
     headers = (read_header(path) for path in sorted(folder.glob("model*.safetensors")))
     return {name: entry.dtype for name, entry in chain.from_iterable(header.items() for header in headers)}
 
@@ -59,6 +65,8 @@ def check_files(folder: Path) -> frozenset[str]:
 
     Raises StartupError naming what is missing or damaged.
     """
+    if gguf := gguf_of(folder):
+        return frozenset(weights(GgufFile(gguf)))
     names: set[str] = set()
     for path, promised in tensor_files(folder).items():
         held = read_header(path).keys()
@@ -89,6 +97,8 @@ def tensor_files(folder: Path) -> dict[Path, set[str]]:
     """
     if not folder.is_dir():
         raise StartupError(f"{folder} is no folder; give one that holds {SINGLE_FILE} and config.json")
+    if gguf := gguf_of(folder):
+        return {gguf: set()}
     if (folder / SINGLE_FILE).exists():
         return {folder / SINGLE_FILE: set()}
     if (folder / INDEX_FILE).exists():
@@ -101,8 +111,7 @@ def tensor_files(folder: Path) -> dict[Path, set[str]]:
         )
     if ggufs := [name for name in others if name.endswith(".gguf")]:
         raise StartupError(
-            f"{folder} holds {ggufs[0]} and no safetensors; convert it: "
-            f"python -m tgi_server.checkpoint.gguf {folder / ggufs[0]} NEW_FOLDER"
+            f"{folder} holds {ggufs[0]} and no safetensors; give the file itself: {folder / ggufs[0]}"
         )
     raise StartupError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; its files: {others[:8]}")
 

@@ -21,7 +21,7 @@ import torch
 from tgi_kernels import cpu
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.headers import stored_types, tensor_files
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
@@ -156,7 +156,7 @@ def _source(config: EngineConfig, startup: Startup) -> Source:
     if config.dummy_weights:
         return DummyCheckpoint(config.model, torch.device(config.device), DTYPES[config.dtype])
     size_bytes = sum(path.stat().st_size for path in tensor_files(config.model))
-    return startup.watched(Checkpoint(config.model), size_bytes)
+    return startup.watched(open_checkpoint(config.model), size_bytes)
 
 
 def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> EngineConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
@@ -40,7 +40,7 @@ class CpuRunner:
         """
         model_config = ModelConfig.from_folder(config.model)
         self._model = load_model(
-            source or Checkpoint(config.model),
+            source or open_checkpoint(config.model),
             model_config,
             torch.device("cpu"),
             torch.float32,

@@ -9,13 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tgi_kernels.quant_segments import Segments
-from tgi_kernels.quant_weight import QuantWeight
+from tgi_kernels.quant_segments import Segments, dequantise_segments
+from tgi_kernels.quant_weight import QuantWeight, dequantise, some_rows
 from tgi_server.checkpoint.transfer import Transfer
 from tgi_server.errors import StartupError
 from tgi_server.quantization.scheme import Scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ROWS = 4096  # of an embedding, widened at once
 
 
 class Source(Protocol):
@@ -82,6 +83,24 @@ class Weights:
     def is_quantised(self, leaf: str) -> bool:
         """Whether matrix `leaf` is there in the checkpoint's format of few bits."""
         return self.scheme is not None and self.scheme.covers(self.checkpoint, self.name(leaf))
+
+    def table(self, rows: int, columns: int) -> Tensor:
+        """A copy of the matrix at this very place, to look rows up in: [rows, columns] on the device.
+
+        GPUs have it in `dtype`, CPUs as it is stored. One that is quantised there is widened to bfloat16.
+        """
+        if self.scheme is None or not self.scheme.covers(self.checkpoint, self.prefix):
+            stored = self.stored("weight", rows, columns)
+            return stored.clone() if self.device.type == "cpu" else self.on_device(stored)
+        weight = self.scheme.read(self.checkpoint, self.prefix, rows, columns)
+        dtype = torch.bfloat16 if self.device.type == "cpu" else self.dtype
+        if isinstance(weight, Segments):
+            return dequantise_segments(weight, dtype).to(self.device)
+        table = torch.empty(rows, columns, dtype=dtype, device=self.device)
+        for start in range(0, rows, _ROWS):  # float64 on the way: of all at once it would be gigabytes
+            part = some_rows(weight, start, start + _ROWS)
+            table[start : start + _ROWS] = dequantise(part, dtype)
+        return table
 
     def stored(self, leaf: str, *shape: int) -> Tensor:
         """The tensor as the checkpoint holds it, a view of its file.

@@ -14,6 +14,7 @@ from tgi_server.quantization.bitsandbytes import bitsandbytes
 from tgi_server.quantization.compressed_tensors import CompressedTensors
 from tgi_server.quantization.exl2 import Exl2
 from tgi_server.quantization.fp8 import Fp8
+from tgi_server.quantization.gguf import Gguf
 from tgi_server.quantization.gptq_rules import gptq_scheme
 from tgi_server.quantization.marlin import Marlin
 from tgi_server.quantization.scheme import Scheme, Section, Tensors
@@ -31,6 +32,7 @@ FORMATS: Final[dict[str, Callable[[Section, str], Scheme]]] = {
     "modelopt": Fp8.from_modelopt,
     "exl2": Exl2.from_section,
     "marlin": Marlin.from_section,
+    "gguf": Gguf.from_section,
 }
 SECTIONS: Final = ("quantization_config", "compression_config")  # of config.json
 # Files of older tools, and the format of each that does not name its own.

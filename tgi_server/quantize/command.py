@@ -9,7 +9,7 @@ import torch
 
 from tgi_kernels.cpu import num_threads, set_num_threads
 from tgi_server.checkpoint.hub import model_folder
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.models import load_model
 from tgi_server.quantize.arguments import settle
@@ -43,7 +43,9 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def _forward(folder: Path, tokens: int) -> Forward:
     config = ModelConfig.from_folder(folder)
-    return Forward(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32), config, tokens)
+    return Forward(
+        load_model(open_checkpoint(folder), config, torch.device("cpu"), torch.float32), config, tokens
+    )
 
 
 def _use_threads(threads: int | None) -> None:
