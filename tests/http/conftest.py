@@ -55,6 +55,18 @@ def say(text: Text) -> Callable[..., FakeEngine]:
 
 
 @pytest.fixture
+def choose(text: Text) -> Callable[..., FakeEngine]:
+    """A fake engine with a text and its tokens' logprob for each choice: `choose(("a", -2.0), ("b", -1.0))`."""
+
+    def make(*choices: tuple[str, float]) -> FakeEngine:
+        scripts = text.tokenizer.encode_batch([words for words, _ in choices], add_special_tokens=False)
+        logprobs = (logprob for _, logprob in choices)
+        return FakeEngine(choices=list(zip(scripts, logprobs, strict=True)))
+
+    return make
+
+
+@pytest.fixture
 async def start(text: Text) -> AsyncIterator[Start]:
     """Serve a fake engine; returns a client. `text`, `config` fields, `patience`, `honoured` may be given."""
     clients: list[TestClient] = []

@@ -70,7 +70,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     id: str
 
 
-class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """News of one request: the tokens one step gave it (several under speculation), perhaps its end."""
 
     id: str

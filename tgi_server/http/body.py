@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.schema import Fields, parse_object
@@ -19,9 +19,14 @@ async def read_fields(request: web.Request) -> Fields:
     return Fields(parse_object(await _read_body(request)))
 
 
+async def wait_for_invitation(request: web.Request) -> None:
+    """What a route does with `Expect: 100-continue`: nothing yet, for the request may be refused unread."""
+
+
 async def _read_body(request: web.Request) -> bytes:
     if request.content.is_eof():  # it came with the headers, as short ones do
         return await request.read()
+    _invite(request)
     limit = request.app[CONFIG].payload_limit_bytes
     began_s = time.monotonic()
     body = bytearray()
@@ -38,3 +43,10 @@ async def _read_body(request: web.Request) -> bytes:
         if len(body) > limit:
             raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(body))
     return bytes(body)
+
+
+def _invite(request: web.Request) -> None:
+    """Tell a client to send its body, if it waits for that."""
+    waits = request.headers.get("Expect", "").lower() == "100-continue"
+    if waits and request.version >= HttpVersion11 and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiohttp import HttpVersion11, web
-from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from tgi_server.http.answers import encode_json, json_response
@@ -167,4 +167,11 @@ def _verdict(error: BadHttpMessage) -> tuple[int, str]:
         return 431, f"a header has more than {_MAX_FIELD_BYTES} bytes, the most allowed"
     if error.message.startswith("Too many headers"):
         return 431, f"there are more than {_MAX_HEADERS} headers, the most allowed"
-    return 400, "this is not a valid HTTP request"
+    return 400, f"this is not a valid HTTP request: {_fault(error)}"
+
+
+def _fault(error: BadHttpMessage) -> str:
+    """The parser's words, without the bytes of the client's that it quotes below them."""
+    if isinstance(error, InvalidURLError):  # nothing but the address
+        return "Invalid address"
+    return error.message.partition(":\n\n")[0].splitlines()[-1].strip()[:100]
