@@ -51,7 +51,7 @@ def find_scheme(config: Mapping[str, object], tensors: Tensors) -> Scheme | None
     scheme, names = scheme_of(config, tensors.folder), tensors.names()
     if scheme is None or not names:
         return scheme
-    if not any(name.rpartition(".")[2].startswith(scheme.leaf) for name in names):
+    if not any(f".{scheme.leaf}" in name for name in names):
         raise StartupError(
             f"{tensors.folder}: its config says {scheme.title}, but none of its {len(names)} tensors is a "
             f".{scheme.leaf}; the config or the weights belong to another model"
