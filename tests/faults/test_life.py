@@ -246,12 +246,12 @@ def test_row_89_damage_within_an_answer_ends_its_stream_with_an_error(tmp_path: 
     clean = write_model(tmp_path / "clean", eos_token_id=None)
     with running_server(*CPU, model=clean) as server:
         events = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
-    ids = [event["token"]["id"] for event in events]  # type: ignore[index]
+    ids = [event["token"]["id"] for event in events]
     at = next(i for i, token_id in enumerate(ids) if i >= 2 and token_id not in ids[:i])
     folder = poisoned(tmp_path / "poisoned", "model.embed_tokens.weight", ids[at], float("nan"))
     with running_server(*CPU, model=folder) as server:
         got = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
-    assert [event["token"]["id"] for event in got[:-1]] == ids[: at + 1]  # type: ignore[index]
+    assert [event["token"]["id"] for event in got[:-1]] == ids[: at + 1]
     assert got[-1]["error_type"] == ErrorKind.GENERATION.value
 
 
