@@ -134,7 +134,7 @@ def test_the_plan_of_a_gpu_is_logged_and_sets_the_pages_before_anything_is_loade
 
 def test_models_the_plan_does_not_know_are_left_to_be_counted() -> None:
     model = ModelConfig.from_dict(
-        {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}},
+        {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"quant_method": "aqlm"}},
         {},
     )
     config = config_of(DEMO)
