@@ -101,6 +101,19 @@ def test_row_81_a_stopped_engine_is_not_ready_and_goes_on_where_it_was(model: Pa
         assert list(stream)[-1]["generated_text"] == expected["generated_text"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_row_81_liveness_fails_after_half_a_minute_of_silence_and_comes_back(model: Path) -> None:
+    with running_server(*CPU, model=model) as server:
+        server.engine.suspend()
+        began = time.monotonic()
+        until(lambda: get(server, "/livez")[0] == 503, "liveness to fail", 45)
+        assert time.monotonic() - began > 28
+        server.engine.resume()
+        until(lambda: get(server, "/livez")[0] == 200, "liveness to come back", 5)
+        server.post("/generate", SHORT)
+
+
 def test_row_83_a_signal_to_every_process_lets_requests_finish(model: Path) -> None:
     with running_server(*CPU, model=model) as server:
         server.post("/v1/chat/completions", CHAT)
