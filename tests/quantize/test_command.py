@@ -52,7 +52,7 @@ def quantize(model: Path, out: Path, *more: str) -> int:
         ["--method", "nearest", *GRID],
         ["--desc-act"],
         ["--asymmetric", "--bits", "3"],
-        ["--bits", "8", "--memory", "0"],
+        ["--bits", "8"],
     ],
     ids=" ".join,
 )
@@ -82,7 +82,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert quantize(model, whole, "--memory", "0") == 0
+    assert quantize(model, whole) == 0
     solved = methods.gptq.gptq
     calls = []
 
@@ -94,11 +94,11 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
 
     monkeypatch.setattr(methods.gptq, "gptq", fails)
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, stopped, "--memory", "0")
+        quantize(model, stopped)
     assert (stopped / ".quantize" / "model.layers.0.safetensors").exists()
-    assert quantize(model, stopped, "--memory", "0", "--bits", "8") == 2, "other settings"
+    assert quantize(model, stopped, "--bits", "8") == 2, "other settings"
     monkeypatch.setattr(methods.gptq, "gptq", solved)
-    assert quantize(model, stopped, "--memory", "0") == 0
+    assert quantize(model, stopped) == 0
     for shard in sorted(whole.glob("*.safetensors")):
         found, want = load_file(stopped / shard.name), load_file(shard)
         assert found.keys() == want.keys()
@@ -150,3 +150,19 @@ def test_an_option_that_means_nothing_to_the_method_is_refused(
     assert quantize(model, tmp_path / "out", "--bits", "5") == 2
     assert "--bits is 5; gptq has 2, 3, 4, 8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_awq_scales_columns_and_the_norms_before_them_so_that_the_model_stays_what_it_is(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert quantize(model, out, "--method", "awq", *GRID, *STATISTICS) == 0
+    written, dense = Checkpoint(out), load_file(model / "model.safetensors")
+    norms = [name for name in dense if "layernorm" in name]
+    assert norms and all(not torch.equal(written.tensor(name), dense[name]) for name in norms)
+    tokens = list(range(1, 41))
+    apart = load(out).step({"a": tokens})["a"] - load(model).step({"a": tokens})["a"]
+    plain = tmp_path / "plain"
+    assert quantize(model, plain, "--method", "nearest", "--asymmetric", *GRID) == 0
+    rounded = load(plain).step({"a": tokens})["a"] - load(model).step({"a": tokens})["a"]
+    assert float(apart.norm()) < 0.9 * float(rounded.norm())
