@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.quantization.test_served import load, write_model
@@ -17,6 +18,10 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import Quantised
 from tgi_server.quantize import arguments, methods
+from tgi_server.quantize.command import forward_of
+from tgi_server.quantize.evaluate import evaluate
+from tgi_server.quantize.fold import divided
+from tgi_server.quantize.text import windows
 
 WORDS = [f"w{i}" for i in range(100)]
 GRID = ["--group-size", "32"]
@@ -52,7 +57,7 @@ def quantize(model: Path, out: Path, *more: str) -> int:
         ["--method", "nearest", *GRID],
         ["--desc-act"],
         ["--asymmetric", "--bits", "3"],
-        ["--bits", "8", "--memory", "0"],
+        ["--bits", "8"],
     ],
     ids=" ".join,
 )
@@ -82,7 +87,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert quantize(model, whole, "--memory", "0") == 0
+    assert quantize(model, whole) == 0
     solved = methods.gptq.gptq
     calls = []
 
@@ -94,11 +99,11 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
 
     monkeypatch.setattr(methods.gptq, "gptq", fails)
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, stopped, "--memory", "0")
+        quantize(model, stopped)
     assert (stopped / ".quantize" / "model.layers.0.safetensors").exists()
-    assert quantize(model, stopped, "--memory", "0", "--bits", "8") == 2, "other settings"
+    assert quantize(model, stopped, "--bits", "8") == 2, "other settings"
     monkeypatch.setattr(methods.gptq, "gptq", solved)
-    assert quantize(model, stopped, "--memory", "0") == 0
+    assert quantize(model, stopped) == 0
     for shard in sorted(whole.glob("*.safetensors")):
         found, want = load_file(stopped / shard.name), load_file(shard)
         assert found.keys() == want.keys()
@@ -129,6 +134,23 @@ def test_eval_compares_with_a_base(model: Path, tmp_path: Path, capsys: pytest.C
     assert "verdict: poor" in capsys.readouterr().out
 
 
+def test_eval_names_the_layers_that_err_most(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(tensors, broken / "model.safetensors")
+    pieces = windows(model, model / "text", 2, 32, held_back=True)
+    quality = evaluate(forward_of(broken, 32), pieces, forward_of(model, 32))
+    assert quality.layer_errors[0] == 0
+    assert 0.05 < quality.layer_errors[1] <= 0.5, "half of what the MLP adds, which is not all"
+    (line,) = (line for line in quality.lines() if line.startswith("error of layer 1 "))
+    assert f"{quality.layer_errors[1]:.1%}" in line
+    assert quality.lines().index(line) < [x.startswith("error of layer 0") for x in quality.lines()].index(
+        True
+    )
+
+
 def test_a_quantised_model_is_not_quantised_again(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((model / "config.json").read_text())
     section = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -150,3 +172,32 @@ def test_an_option_that_means_nothing_to_the_method_is_refused(
     assert quantize(model, tmp_path / "out", "--bits", "5") == 2
     assert "--bits is 5; gptq has 2, 3, 4, 8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_awq_scales_columns_and_the_norms_before_them_and_loses_less_than_rounding(
+    model: Path, tmp_path: Path
+) -> None:
+    awq, plain = tmp_path / "awq", tmp_path / "plain"
+    assert quantize(model, awq, "--method", "awq", *GRID, "--samples", "32") == 0
+    assert quantize(model, plain, "--method", "nearest", "--asymmetric", *GRID) == 0
+    written, dense = Checkpoint(awq), load_file(model / "model.safetensors")
+    norms = [name for name in dense if "layernorm" in name]
+    assert norms and all(not torch.equal(written.tensor(name), dense[name]) for name in norms)
+    assert torch.equal(written.tensor("model.norm.weight"), dense["model.norm.weight"])
+    tokens = [i * i % 97 for i in range(1900, 1950)]  # of the part of the text that is kept back
+    want, *found = (load(folder).step({"a": tokens})["a"] for folder in (model, awq, plain))
+    assert float((found[0] - want).norm()) < 0.85 * float((found[1] - want).norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_a_norms_type_rounds_away_is_made_up_for(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    norm = torch.randn(200, generator=generator).to(dtype)
+    norm[:2] = torch.tensor([0.0, 1.0])
+    asked = torch.rand(200, generator=generator) * 5 + 0.1
+    asked[1] = torch.inf
+    less, scales = divided(norm, asked)
+    assert less.dtype == dtype
+    torch.testing.assert_close(less.float() * scales, norm.float(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(scales[2:], asked[2:], rtol=0.01, atol=0)
+    assert scales[0] == scales[1] == 1, "nothing divides what is zero, or makes it so"

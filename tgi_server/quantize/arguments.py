@@ -19,12 +19,16 @@ class Kind:
     takes: Mapping[str, object]  # those of OPTIONS that mean something to it, and their defaults
 
 
-OPTIONS: Final = ("bits", "group_size", "asymmetric", "desc_act", "memory", "samples")  # not for every method
+OPTIONS: Final = ("bits", "group_size", "asymmetric", "desc_act", "samples")  # not for every method
 _GRID: Final = {"bits": 4, "group_size": 128, "asymmetric": False}
-_STATISTICS: Final = {"memory": None, "samples": 128}
+_STATISTICS: Final = {"samples": 128}
 METHODS: Final[Mapping[str, Kind]] = {
     "gptq": Kind(
         "GPTQ: by what the calibration text shows of the inputs", _GRID | _STATISTICS | {"desc_act": False}
+    ),
+    "awq": Kind(
+        "AWQ: columns with large inputs are scaled up, then codes as by gptq",
+        _STATISTICS | {"bits": 4, "group_size": 128},
     ),
     "nearest": Kind("plain rounding, in GPTQ's layout", _GRID),
     "nf4": Kind("bitsandbytes' NF4 in blocks of 64 with double quantisation; 4.13 bits a weight", {}),
@@ -52,11 +56,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--desc-act", action="store_true", default=None,
-        help="round columns with the largest inputs first: better, and a little slower to serve",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory", type=float, metavar="GIB",
-        help="for statistics; the less, the more often the text is read [half of what is free]",
+        help="groups of columns with inputs of like size, not of neighbours; slower to serve, and rarely better",
     )  # fmt: skip
     _add_text(parser, "--calibration", "text to calibrate with, and in its last fifth to measure by", None)
 

@@ -28,7 +28,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     _use_threads(args.threads)
     Job(source, args, method).run()
     pieces = windows(source, args.text, 16, args.length, held_back=True)
-    own, base = _forward(args.out, args.length), _forward(source, args.length)
+    own, base = forward_of(args.out, args.length), forward_of(source, args.length)
     print(*evaluate(own, pieces, base).lines(), sep="\n")
 
 
@@ -37,11 +37,12 @@ def run_eval(args: argparse.Namespace) -> None:
     _use_threads(args.threads)
     folder = model_folder(args.model)
     pieces = windows(folder, args.text, args.samples, args.length, held_back=True)
-    base = _forward(model_folder(args.against), args.length) if args.against else None
-    print(*evaluate(_forward(folder, args.length), pieces, base).lines(), sep="\n")
+    base = forward_of(model_folder(args.against), args.length) if args.against else None
+    print(*evaluate(forward_of(folder, args.length), pieces, base).lines(), sep="\n")
 
 
-def _forward(folder: Path, tokens: int) -> Forward:
+def forward_of(folder: Path, tokens: int) -> Forward:
+    """The model in `folder`, for pieces of so many tokens at most. Raises StartupError if it cannot be loaded."""
     config = ModelConfig.from_folder(folder)
     return Forward(
         load_model(open_checkpoint(folder), config, torch.device("cpu"), torch.float32), config, tokens

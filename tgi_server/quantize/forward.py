@@ -28,6 +28,17 @@ class Forward:
         return found
 
     @torch.inference_mode()
+    def traced(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`log_probabilities`, and what each block adds to the residual, [tokens, hidden] each."""
+        residual = self.embedded(ids)
+        added = []
+        for index in range(len(self.model.blocks)):
+            before = residual.clone()
+            self.run_block(index, residual)
+            added.append(residual - before)
+        return self.model.logits(self.model.norm(residual)[:-1]).log_softmax(-1), added
+
+    @torch.inference_mode()
     def log_probabilities(self, ids: Tensor) -> Tensor:
         """[tokens - 1, vocab] fp32: of each token after the first, given those before it."""
         return self.model.logits(self.hidden(ids)[:-1]).log_softmax(-1)

@@ -38,35 +38,42 @@ def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[T
     if grid.is_symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    best = torch.full_like(low, torch.inf)
-    scales, zeros = torch.ones_like(low), torch.zeros_like(low)
     costs = None if importance is None else importance.view(parts.shape[1:])
+    fitted = _Fitted(parts, grid.bits, costs)
     for shrink in _SHRINKS:
-        tried = ((high - low) * shrink / top).clamp(min=6e-8).half().float()
-        for zero in _zeros(low * shrink, tried, grid):
-            total = _error(parts, tried, zero, grid.bits, costs)
-            better = total < best
-            best = torch.where(better, total, best)
-            scales, zeros = torch.where(better, tried, scales), torch.where(better, zero, zeros)
-    return scales, zeros
+        scales = ((high - low) * shrink / top).clamp(min=6e-8).half().float()
+        if grid.is_symmetric:
+            fitted.offer(scales, torch.full_like(scales, float(1 << (grid.bits - 1))))
+        else:
+            fitted.offer(scales, (-low * shrink / scales).round())
+    if not grid.is_symmetric:
+        for step in (-1, 2):
+            fitted.offer(fitted.scales, fitted.zeros + step)
+    return fitted.scales, fitted.zeros
+
+
+class _Fitted:
+    """The best scales and zero points so far, [out, groups] each. parts: [out, groups, size]; costs: [groups, size]."""
+
+    def __init__(self, parts: Tensor, bits: int, costs: Tensor | None) -> None:
+        self._parts, self._bits, self._costs = parts, bits, costs
+        self._least = torch.full(parts.shape[:2], torch.inf)
+        self.scales, self.zeros = torch.ones(parts.shape[:2]), torch.ones(parts.shape[:2])
+
+    def offer(self, scales: Tensor, zeros: Tensor) -> None:
+        """Take what is better."""
+        # The first version of GPTQ's layout cannot hold a zero point of 0.
+        zeros = zeros.clamp(1, (1 << self._bits) - 1)
+        scale, zero = scales.unsqueeze(2), zeros.unsqueeze(2)
+        off = (round_to(self._parts, scale, zero, self._bits) - zero).mul_(scale).sub_(self._parts)
+        error = off.abs_().pow_(_NORM) if self._costs is None else off.square_().mul_(self._costs)
+        total = error.sum(2)
+        better = total < self._least
+        self._least = torch.where(better, total, self._least)
+        self.scales = torch.where(better, scales, self.scales)
+        self.zeros = torch.where(better, zeros, self.zeros)
 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The nearest codes, as float32; shapes broadcast."""
     return ((weight / scale).round_().add_(zero)).clamp_(0, (1 << bits) - 1)
-
-
-def _zeros(low: Tensor, scale: Tensor, grid: Grid) -> list[Tensor]:
-    """Zero points to try with a scale: the middle, or those about the one that `low` asks for."""
-    if grid.is_symmetric:
-        return [torch.full_like(low, float(1 << (grid.bits - 1)))]
-    # The first version of GPTQ's layout cannot hold a zero point of 0.
-    exact = (-low / scale).round()
-    return [(exact + by).clamp(1, (1 << grid.bits) - 1) for by in (-1, 0, 1)]
-
-
-def _error(parts: Tensor, scale: Tensor, zero: Tensor, bits: int, costs: Tensor | None) -> Tensor:
-    """Of each group, [out, groups]. parts: [out, groups, size]; costs: [groups, size]."""
-    scale, zero = scale.unsqueeze(2), zero.unsqueeze(2)
-    off = (round_to(parts, scale, zero, bits) - zero).mul_(scale).sub_(parts)
-    return off.abs_().pow_(_NORM).sum(2) if costs is None else off.square_().mul_(costs).sum(2)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import load_product
 from tgi_server.layers.weights import Weights
 from tgi_server.models import load_model
+from tgi_server.models.decoder import Block
 from tgi_server.quantization.detect import scheme_of
+from tgi_server.quantize.fold import divided, sources
 from tgi_server.quantize.folder import Unfinished
 from tgi_server.quantize.forward import Forward
-from tgi_server.quantize.methods.method import Method
-from tgi_server.quantize.observe import Statistics, Walk
+from tgi_server.quantize.methods.method import Method, Rescales
+from tgi_server.quantize.observe import Walk
 from tgi_server.quantize.progress import Progress
 from tgi_server.quantize.text import windows
 
@@ -43,12 +46,13 @@ class Job:
         self._weights = Weights(self._checkpoint, torch.device("cpu"), torch.float32)
         self._forward = Forward(model, config, args.length)
         self._layers = _layers(model)
+        self._blocks: dict[str, Block] = {
+            layer: cast(Block, block) for layer, block in zip(self._layers, model.blocks, strict=True)
+        }
         for linears in self._layers.values():
             for linear in linears.values():
                 method.check(f"{source}: {linear.names[0]}", linear.in_features)
-        settings = {
-            key: str(value) for key, value in vars(args).items() if key not in ("memory", "threads", "out")
-        }
+        settings = {key: str(value) for key, value in vars(args).items() if key not in ("threads", "out")}
         self._out = Unfinished(source, args.out, settings)
         self._written: set[str] = set()
 
@@ -59,8 +63,6 @@ class Job:
         walk = self._walk(progress) if self._method.needs_statistics and missing else None
         for index, layer in enumerate(self._layers):
             if self._out.has(layer):
-                if walk is not None:
-                    walk.skip(index)
                 self._serve(layer, self._out.load(layer))
                 progress.done(layer, "was there")
             else:
@@ -79,27 +81,55 @@ class Job:
         progress.say(f"reading {sum(map(len, texts))} tokens, layer by layer")
         return Walk(self._forward, texts)
 
-    def _quantise(self, layer: str, found: Mapping[str, Statistics]) -> None:
+    def _quantise(self, layer: str, hessians: dict[str, Tensor]) -> None:
         """Write a layer's matrices as they are stored; it computes with them from now on."""
+        matrices = {first: self._matrices(linear) for first, linear in self._layers[layer].items()}
         tensors: dict[str, Tensor] = {}
-        for first, linear in self._layers[layer].items():
-            matrices = {
-                name: self._weights.stored(f"{name}.weight", out, linear.in_features).float()
-                for name, out in zip(linear.names, linear.outs, strict=True)
-            }
-            statistics = found.get(first)
-            if statistics is not None:
-                matrices = _targets(statistics, matrices)
-            tensors |= self._method.quantise(matrices, None if statistics is None else statistics.hessian)
+        if isinstance(self._method, Rescales):
+            tensors = self._rescaled(self._method, layer, matrices, hessians)
+        for first, parts in matrices.items():
+            tensors |= self._method.quantise(parts, hessians.pop(first, None))
         self._out.save(layer, tensors)
         self._serve(layer, tensors)
 
+    def _matrices(self, linear: Linear) -> dict[str, Tensor]:
+        return {
+            name: self._weights.stored(f"{name}.weight", out, linear.in_features).float()
+            for name, out in zip(linear.names, linear.outs, strict=True)
+        }
+
+    def _rescaled(
+        self,
+        method: Rescales,
+        layer: str,
+        matrices: Mapping[str, dict[str, Tensor]],
+        hessians: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Multiply columns in `matrices`, change `hessians` alike, and return the norms that make up for it."""
+        norms: dict[str, Tensor] = {}
+        for first, source in sources(layer, self._blocks[layer]).items():
+            scales = method.column_scales(torch.cat(list(matrices[first].values())), hessians[first])
+            if source.norm is not None:
+                norm = self._checkpoint.tensor(source.name)
+                norms[source.name], scales = divided(norm, scales)
+            else:
+                (rows,) = (parts for parts in matrices.values() if source.name in parts)
+                rows[source.name] = rows[source.name] / scales[:, None]
+            for name, matrix in matrices[first].items():
+                matrices[first][name] = matrix * scales
+            hessians[first] = hessians[first] / (scales[:, None] * scales)
+        return norms
+
+    @torch.inference_mode()
     def _serve(self, layer: str, tensors: dict[str, Tensor]) -> None:
         """Let a layer compute with what is written, read back by its format."""
         held = _Held(self._source, tensors)
         weights = replace(self._weights, checkpoint=held, scheme=self._method.scheme)
         for linear in self._layers[layer].values():
             linear.product = load_product(weights, linear.names, linear.in_features, linear.outs)
+        for source in sources(layer, self._blocks[layer]).values():
+            if source.norm is not None and source.name in tensors:
+                source.norm.weight.copy_(tensors[source.name])
         self._written |= tensors.keys()
 
     def _rest(self) -> dict[str, Tensor]:
@@ -136,12 +166,6 @@ class _Held:
 
     def _damaged(self, name: str) -> StartupError:
         return StartupError(f"{name} of the run to go on with is damaged; remove the folder and begin again")
-
-
-def _targets(statistics: Statistics, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What codes should come near to in place of the matrices, which have the same inputs."""
-    target = statistics.target(torch.cat(list(matrices.values())))
-    return dict(zip(matrices, target.split([len(matrix) for matrix in matrices.values()]), strict=True))
 
 
 def _layers(model: torch.nn.Module) -> dict[str, dict[str, Linear]]:

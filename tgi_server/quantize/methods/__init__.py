@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from tgi_server.quantize.methods.awq import AwqMethod
 from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod
 from tgi_server.quantize.methods.gptq import GptqMethod
 from tgi_server.quantize.methods.method import Method
 
 MAKERS: Final[Mapping[str, Callable[[argparse.Namespace], Method]]] = {
     "gptq": GptqMethod.from_arguments,
+    "awq": AwqMethod.from_arguments,
     "nearest": GptqMethod.from_arguments,
     "nf4": FourBitMethod.from_arguments,
     "int8": EightBitMethod.from_arguments,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,3 +34,11 @@ class Method(Protocol):
 
     def section(self) -> dict[str, object]:
         """The `quantization_config` of config.json."""
+
+
+@runtime_checkable
+class Rescales(Protocol):
+    """A method that has columns scaled before they are rounded, where what makes their inputs can be divided."""
+
+    def column_scales(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """What to multiply columns by, [in] float32, positive. weight: [out, in]; hessian: [in, in], as above."""
