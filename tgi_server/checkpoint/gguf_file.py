@@ -131,6 +131,12 @@ class GgufFile:
     def integers(self, key: str) -> list[int]:
         return [_as_integer(item, self.path, key) for item in self._items(key)]
 
+    def floats_of(self, key: str) -> list[float]:
+        found = self._items(key)
+        if not all(isinstance(item, float) for item in found):
+            raise _wrong_type(self.path, key, found, "an array of floats")
+        return [float(item) for item in found]
+
     def floats(self, tensor: GgufTensor) -> list[float]:
         """The numbers of a small tensor in F32."""
         return list(struct.unpack_from(f"<{math.prod(tensor.shape)}f", self.data, tensor.offset))
