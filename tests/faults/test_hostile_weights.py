@@ -1,5 +1,7 @@
 """Damaged and hostile files of weights: refused in under a second, without a crash, a hang or a huge allocation.
 
+Row 105 of `docs/faults.md`.
+
 Small real files of both formats are changed at random where it hurts: in the numbers and names of their headers, and in
 config.json. What a start reads of them is read in its order. Whatever is not refused has to load.
 """
@@ -170,7 +172,7 @@ def test_the_undamaged_files_would_be_served(tmp_path: Path, gguf: bytes) -> Non
     assert 150 < len(numbers_in(gguf)) < 400
 
 
-def test_every_number_of_a_gguf_header_may_lie(tmp_path: Path, gguf: bytes) -> None:
+def test_row_105_every_number_of_a_gguf_header_may_lie(tmp_path: Path, gguf: bytes) -> None:
     places = numbers_in(gguf)
     path = tmp_path / "model.gguf"
     refused = 0
@@ -183,7 +185,9 @@ def test_every_number_of_a_gguf_header_may_lie(tmp_path: Path, gguf: bytes) -> N
 
 @given(damage=some_damage("number", "flip", "cut", "drop", "again"))
 @SETTINGS
-def test_a_damaged_gguf_file_is_refused_or_harmless(tmp_path: Path, gguf: bytes, damage: Damage) -> None:
+def test_row_105_a_damaged_gguf_file_is_refused_or_harmless(
+    tmp_path: Path, gguf: bytes, damage: Damage
+) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(damaged(gguf, damage, numbers_in(gguf)))
     start(path)
@@ -191,7 +195,7 @@ def test_a_damaged_gguf_file_is_refused_or_harmless(tmp_path: Path, gguf: bytes,
 
 @given(damage=some_damage("flip", "cut", "drop", "again"))
 @SETTINGS
-def test_a_damaged_safetensors_file_is_refused_or_harmless(tmp_path: Path, damage: Damage) -> None:
+def test_row_105_a_damaged_safetensors_file_is_refused_or_harmless(tmp_path: Path, damage: Damage) -> None:
     folder = write_model(tmp_path / "model")
     path = folder / "model.safetensors"
     path.write_bytes(damaged(path.read_bytes(), damage, []))
@@ -211,7 +215,7 @@ JUNK: st.SearchStrategy[object] = st.one_of(
     tensor=st.integers(0, 1 << 30), key=st.sampled_from(["dtype", "shape", "data_offsets", None]), junk=JUNK
 )
 @SETTINGS
-def test_a_safetensors_header_may_say_anything(
+def test_row_105_a_safetensors_header_may_say_anything(
     tmp_path: Path, tensor: int, key: str | None, junk: object
 ) -> None:
     folder = write_model(tmp_path / "model")
@@ -257,7 +261,7 @@ MORE_KEYS = (
 
 
 @pytest.mark.parametrize("junk", CONFIG_JUNK, ids=str)
-def test_every_setting_of_a_config_may_be_anything(tmp_path: Path, junk: object) -> None:
+def test_row_105_every_setting_of_a_config_may_be_anything(tmp_path: Path, junk: object) -> None:
     folder = write_model(tmp_path / "model")
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -266,7 +270,7 @@ def test_every_setting_of_a_config_may_be_anything(tmp_path: Path, junk: object)
         start(folder)
 
 
-def test_a_gguf_header_as_long_as_it_may_be_is_read_in_a_second(tmp_path: Path) -> None:
+def test_row_105_a_gguf_header_as_long_as_it_may_be_is_read_in_a_second(tmp_path: Path) -> None:
     """A million texts, two million numbers and sixteen thousand tensors."""
 
     def text(value: bytes) -> bytes:
