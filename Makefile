@@ -1,4 +1,4 @@
-# make serve    serve a model on 127.0.0.1 (MODEL=folder or Hub id, PORT=3000)
+# make serve    serve a model on 127.0.0.1 (MODEL=folder, .gguf file or Hub id, PORT=3000)
 # make test     everything that can be checked without a GPU
 # make cuda     compile the CUDA kernels too (ARCHS=90a)
 # make clean    remove what the build made; the virtual environment and models stay

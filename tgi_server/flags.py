@@ -169,7 +169,7 @@ _COMPATIBLE, _REFUSED = "accepted without effect", "refused"
 
 QUANTIZE: Final = (
     "awq", "awq_marlin", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2",
-    "fp8", "gptq", "gptq_marlin", "marlin",
+    "fp8", "gguf", "gptq", "gptq_marlin", "marlin",
 )  # fmt: skip
 GROUPS: Final = (_MODEL, _LIMITS, _HTTP, _ACCESS, _LOGS, _MACHINE, _COMPATIBLE, _REFUSED)
 
@@ -177,7 +177,8 @@ _tokens = whole(2, 1 << 24)
 
 FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
-        "model-id", _MODEL, "folder with a Hugging Face checkpoint, or a Hub id (owner/name)",
+        "model-id", _MODEL,
+        "folder with a Hugging Face checkpoint, a GGUF file, or a Hub id (owner/name, owner/name/file.gguf)",
         others=("model", "model-path"),
     ),
     Flag("revision", _MODEL, "branch, tag or commit of a model on the Hub; by default its main branch"),

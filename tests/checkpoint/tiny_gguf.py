@@ -118,9 +118,13 @@ def write_gguf(
     weights: dict[str, np.ndarray],
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     changes: dict[str, Any] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write `weights` (transformers' names and order), matrices quantised to `kind`; None drops a field."""
-    tensors = {}
+    """Write `weights` (transformers' names and order), matrices quantised to `kind`; None drops a field.
+
+    more: tensors under GGUF's names, in float32.
+    """
+    tensors = {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
     for name, weight in weights.items():
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         rows = pairs_adjacent(weight, heads) if heads else weight

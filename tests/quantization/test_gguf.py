@@ -22,6 +22,9 @@ from tests.checkpoint.tiny_gguf import (
     gguf_name,
     pairs_adjacent,
     random_blocks,
+    random_llama,
+    weights_of,
+    write_gguf,
     write_tensors,
 )
 from tests.models.paged import Paged
@@ -210,3 +213,34 @@ def test_qwen_is_what_transformers_computes(
         write_tensors(tmp_path / "model.gguf", tensors, {}, arch)
         want = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits(tmp_path / "model.gguf"), want, rtol=0, atol=2e-5)
+
+
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def test_rotary_factors_are_llama_3s_scaling_worked_out(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = random_llama(tied=True)
+    model.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "rope_parameters": {"rope_theta": 10000.0, **LLAMA_31}})
+    )
+    turns = 10000.0 ** (-torch.arange(0, 16, 2) / 16) * 16 / (2 * torch.pi)
+    blend = ((turns - 1) / 3).clamp(0, 1)
+    factors = 1 / ((1 - blend) / 8 + blend)
+    assert 1 < len(factors.unique()) < 8 and factors.max() == 8
+    write_gguf(tmp_path / "model.gguf", weights_of(model), more={"rope_freqs.weight": factors.numpy()})
+    torch.testing.assert_close(logits(tmp_path / "model.gguf"), logits(tmp_path / "dense"), rtol=0, atol=1e-6)
+    write_gguf(tmp_path / "model.gguf", weights_of(model), more={"rope_freqs.weight": factors.numpy()[:-1]})
+    with pytest.raises(StartupError, match=r"rope_freqs\.weight is F32 \(7,\) .* F32 \(8,\) without"):
+        logits(tmp_path / "model.gguf")
+    write_gguf(tmp_path / "model.gguf", weights_of(model), more={"rope_freqs.weight": -factors.numpy()})
+    with pytest.raises(StartupError, match="8 positive numbers are needed"):
+        logits(tmp_path / "model.gguf")

@@ -19,14 +19,14 @@ from tgi_server.errors import StartupError
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar]
 
-# Far above any model in use, far below what would hurt: the largest files have a few thousand tensors,
+# Far above any model in use, far below what would hurt: the largest files have two thousand tensors,
 # vocabularies and their merges half a million texts, chat templates a few ten thousand bytes.
-MAX_TENSORS: Final = 1 << 17
+MAX_TENSORS: Final = 1 << 14
 MAX_FIELDS: Final = 1 << 16
 MAX_HEADER_BYTES: Final = 1 << 28
 MAX_STRING_BYTES: Final = 1 << 20
 MAX_TEXTS: Final = 1 << 20  # of all arrays together, as the next
-MAX_NUMBERS: Final = 1 << 23
+MAX_NUMBERS: Final = 1 << 21
 MAX_DIMS: Final = 4
 MAX_ALIGNMENT: Final = 1 << 20
 MAX_NUMBER: Final = 1e30  # what fp32 holds; not a number is refused with it
@@ -130,6 +130,12 @@ class GgufFile:
 
     def integers(self, key: str) -> list[int]:
         return [_as_integer(item, self.path, key) for item in self._items(key)]
+
+    def floats_of(self, key: str) -> list[float]:
+        found = self._items(key)
+        if not all(isinstance(item, float) for item in found):
+            raise _wrong_type(self.path, key, found, "an array of floats")
+        return [float(item) for item in found]
 
     def floats(self, tensor: GgufTensor) -> list[float]:
         """The numbers of a small tensor in F32."""

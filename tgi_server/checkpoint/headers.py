@@ -165,7 +165,7 @@ def _parsed(path: Path, header: bytes) -> Mapping[str, object]:
 def _entry(path: Path, name: str, value: object) -> Entry:
     entry = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         _damaged(path, f"tensor {name[:100]!r} has type {str(dtype)[:40]!r}, which is unknown")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         _damaged(path, f"tensor {name[:100]!r} has shape {str(shape)[:80]} and offsets {str(offsets)[:80]}")

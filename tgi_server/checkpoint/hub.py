@@ -63,17 +63,21 @@ def _fetch(model_id: str, file: str, revision: str | None, *, only_config: bool)
             )
         )
         enough = any(folder.glob("config.json")) if only_config else any(folder.glob("*.safetensors"))
-        if enough or any(folder.glob(f"*{_GGUF}")):
-            return _described(folder)
-        file = _only_gguf(model_id, revision)
+        file = "" if enough else _only_gguf(model_id, revision, folder)
         if not file:
             return folder
     return folder_of(Path(hf_hub_download(model_id, file, revision=revision)))
 
 
-def _only_gguf(model_id: str, revision: str | None) -> str:
-    """The name of the repository's GGUF file; empty if it has none."""
-    names = [name for name in HfApi().list_repo_files(model_id, revision=revision) if name.endswith(_GGUF)]
+def _only_gguf(model_id: str, revision: str | None, cached: Path) -> str:
+    """The name of the repository's GGUF file, of those `cached` if the Hub is out of reach; empty if it has none."""
+    try:
+        files = HfApi().list_repo_files(model_id, revision=revision)
+    except Exception:
+        files = [path.name for path in cached.glob(f"*{_GGUF}")]
+        if not files:
+            raise
+    names = sorted(name for name in files if name.endswith(_GGUF))
     if len(names) > 1:
         raise _several(model_id, names)
     return names[0] if names else ""
