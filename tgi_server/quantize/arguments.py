@@ -27,7 +27,9 @@ METHODS: Final[Mapping[str, Kind]] = {
         "GPTQ: by what the calibration text shows of the inputs", _GRID | _STATISTICS | {"desc_act": False}
     ),
     "nearest": Kind("plain rounding, in GPTQ's layout", _GRID),
-    "nf4": Kind("bitsandbytes' NF4 in blocks of 64 with double quantisation; 4.13 bits a weight", {}),
+    "nf4": Kind(
+        "bitsandbytes' NF4 with double quantisation, 4.13 bits a weight, by GPTQ's way", {"samples": 128}
+    ),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
 }
 
