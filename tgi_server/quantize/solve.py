@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.quant_weight import QuantWeight
-from tgi_server.quantize.grid import Grid, TableGrid, fit
+from tgi_server.quantize.grid import Grid, fit, round_to
+from tgi_server.quantize.table_grid import TableGrid
 
 DAMPING: Final = 0.01  # of the mean diagonal, added to it: keeps the inverse finite where inputs hardly vary
 _BLOCK: Final = 128  # columns whose errors are spread together
@@ -48,7 +49,7 @@ def nearest(weight: Tensor, grid: Grid) -> Codes:
     """The code next to each weight. weight: [out, in] float32."""
     group_of = torch.arange(weight.shape[1]) // grid.size(weight.shape[1])
     scales, zeros = fit(weight, grid)
-    codes = grid.round_to(weight, scales[:, group_of], zeros[:, group_of])
+    codes = round_to(weight, scales[:, group_of], zeros[:, group_of], grid.bits)
     return Codes(codes.to(torch.uint8), scales.half(), zeros.short(), group_of)
 
 
@@ -74,7 +75,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
 class Solution:
     """Codes on their way to the least error tr(E · H · Eᵀ), E being weight less what codes mean. Groups lie together.
 
-    order: in which columns are rounded at first. Weights whose inputs are always zero become zero.
+    order: in which columns are rounded at first. Weights whose inputs are always zero become zero, in place.
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid | TableGrid) -> None:
@@ -84,7 +85,7 @@ class Solution:
         spread = _spread(self._hessian[order][:, order])
         importance = torch.empty(len(order))
         importance[order] = spread.diagonal() ** -2  # what an error costs that later columns make up for
-        self.scales, self.zeros = fit(weight, grid, importance)
+        self.scales, self.zeros = grid.fit(weight, importance)
         self.codes = self._cascade(order, spread)
 
     def _cascade(self, order: Tensor, spread: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class Solution:
     def _rounded(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes of a column, and what it has more than they mean; [out] each."""
         scale, zero = self.scales[:, group], self.zeros[:, group]
-        codes = self._grid.round_to(column, scale, zero)
+        codes = self._grid.nearest(column, scale, zero)
         return codes, column - (codes - zero) * scale
 
     def _dense(self) -> Tensor:

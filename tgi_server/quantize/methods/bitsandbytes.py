@@ -17,8 +17,8 @@ from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.quantization.bitsandbytes import STATE, EightBit, FourBit
 from tgi_server.quantization.rounding import nearest_codes
-from tgi_server.quantize.grid import TableGrid
 from tgi_server.quantize.solve import Solution
+from tgi_server.quantize.table_grid import TableGrid
 
 _BLOCKS: Final = (64, 32)  # numbers that share a scale; 64 where it divides a row
 _NESTED_BLOCK: Final = 256  # scales that share a scale
