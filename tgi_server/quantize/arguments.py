@@ -31,7 +31,9 @@ METHODS: Final[Mapping[str, Kind]] = {
         _STATISTICS | {"bits": 4, "group_size": 128},
     ),
     "nearest": Kind("plain rounding, in GPTQ's layout", _GRID),
-    "nf4": Kind("bitsandbytes' NF4 in blocks of 64 with double quantisation; 4.13 bits a weight", {}),
+    "nf4": Kind(
+        "bitsandbytes' NF4 with double quantisation, 4.13 bits a weight, by GPTQ's way", {"samples": 128}
+    ),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
 }
 

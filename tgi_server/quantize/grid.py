@@ -26,6 +26,14 @@ class Grid:
     def size(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size
 
+    def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points to begin with, see `fit`."""
+        return fit(weight, self, importance)
+
+    def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes, as float32; shapes broadcast."""
+        return round_to(weight, scale, zero, self.bits)
+
 
 def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scales and zero points of the least error, [out, groups] float32 each; scales are float16 numbers.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.quantize.grid import Grid, fit, round_to
+from tgi_server.quantize.table_grid import TableGrid
 
 DAMPING: Final = 0.01  # of the mean diagonal, added to it: keeps the inverse finite where inputs hardly vary
 _BLOCK: Final = 128  # columns whose errors are spread together
@@ -62,10 +63,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
     place = by_size if grid.orders_columns else torch.arange(columns)  # groups follow each other in it
     weight, hessian = weight[:, place].clone(), hessian[place][:, place]
     order = torch.arange(columns) if grid.orders_columns else by_size
-    solution = _Solution(weight, hessian, order, grid)
-    for _ in range(_TURNS):
-        solution.descend()
-        solution.refit()
+    solution = Solution(weight, hessian, order, grid)
+    solution.improve()
     group_of = torch.empty(columns, dtype=torch.int64)
     group_of[place] = solution.group_of
     codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -73,20 +72,20 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
     return Codes(codes, solution.scales.half(), solution.zeros.short(), group_of)
 
 
-class _Solution:
+class Solution:
     """Codes on their way to the least error tr(E · H · Eᵀ), E being weight less what codes mean. Groups lie together.
 
-    order: in which columns are rounded at first.
+    order: in which columns are rounded at first. Weights whose inputs are always zero become zero, in place.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid) -> None:
-        self._weight, self._bits = weight, grid.bits
+    def __init__(self, weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid | TableGrid) -> None:
+        self._weight, self._grid = weight, grid
         self._hessian = _damped(hessian, weight)
         self.group_of = torch.arange(weight.shape[1]) // grid.size(weight.shape[1])
         spread = _spread(self._hessian[order][:, order])
         importance = torch.empty(len(order))
         importance[order] = spread.diagonal() ** -2  # what an error costs that later columns make up for
-        self.scales, self.zeros = fit(weight, grid, importance)
+        self.scales, self.zeros = grid.fit(weight, importance)
         self.codes = self._cascade(order, spread)
 
     def _cascade(self, order: Tensor, spread: Tensor) -> Tensor:
@@ -103,6 +102,12 @@ class _Solution:
                 left[:, k:stop].addr_(error, spread[k, k:stop], alpha=-1)
             left[:, stop:] -= errors @ spread[start:stop, stop:]
         return codes[:, order.argsort()].contiguous()
+
+    def improve(self) -> None:
+        """Better codes and scales in turns."""
+        for _ in range(_TURNS):
+            self.descend()
+            self.refit()
 
     def descend(self) -> None:
         """Give each column in turn the codes that are best beside the others."""
@@ -142,7 +147,7 @@ class _Solution:
     def _rounded(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes of a column, and what it has more than they mean; [out] each."""
         scale, zero = self.scales[:, group], self.zeros[:, group]
-        codes = round_to(column, scale, zero, self._bits)
+        codes = self._grid.nearest(column, scale, zero)
         return codes, column - (codes - zero) * scale
 
     def _dense(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -18,8 +17,10 @@ from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.quantization.bitsandbytes import STATE, EightBit, FourBit
 from tgi_server.quantization.rounding import nearest_codes
+from tgi_server.quantize.solve import Solution
+from tgi_server.quantize.table_grid import TableGrid
 
-_BLOCK: Final = 64  # numbers that share a scale
+_BLOCKS: Final = (64, 32)  # numbers that share a scale; 64 where it divides a row
 _NESTED_BLOCK: Final = 256  # scales that share a scale
 _SECTION: Final[Mapping[str, object]] = {
     "quant_method": "bitsandbytes",
@@ -34,7 +35,7 @@ class FourBitMethod:
     """NF4. dtype: of the model it is made of, which other programs compute in."""
 
     dtype: str
-    needs_statistics: bool = False
+    needs_statistics: bool = True
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> FourBitMethod:
@@ -46,17 +47,30 @@ class FourBitMethod:
         return FourBit("nf4", is_double=True)
 
     def check(self, where: str, in_features: int) -> None:
-        if math.gcd(in_features, _BLOCK) % 8:
+        if in_features % _BLOCKS[-1]:
             raise StartupError(
-                f"{where} has {in_features} columns; nf4 is written for multiples of 8, whose rows end where groups of "
-                "columns do"
+                f"{where} has {in_features} columns; nf4 is written for multiples of {_BLOCKS[-1]}, whose rows end "
+                "where blocks do"
             )
 
-    def quantise(self, matrices: Mapping[str, Tensor], _hessian: Tensor | None) -> dict[str, Tensor]:
+    def quantise(self, matrices: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, Tensor]:
+        weight = torch.cat(list(matrices.values()))
+        columns = weight.shape[1]
+        block = next(size for size in _BLOCKS if columns % size == 0)
+        inputs = torch.eye(columns) if hessian is None else hessian
+        order = inputs.diagonal().argsort(descending=True)
+        solution = Solution(weight, inputs, order, TableGrid(table("nf4"), block))
+        solution.improve()
+        rows = [len(matrix) for matrix in matrices.values()]
+        nested = [_Scales.of(part) for part in solution.scales.split(rows)]
+        # Codes that are best beside the scales as they are stored, no longer beside those that were found.
+        solution.scales = torch.cat([scales.read() for scales in nested])
+        solution.descend()
+        codes = torch.searchsorted(table("nf4"), solution.codes).to(torch.uint8)
         return {
             f"{name}.{leaf}": tensor
-            for name, matrix in matrices.items()
-            for leaf, tensor in self._stored(matrix).items()
+            for name, part, scales in zip(matrices, codes.split(rows), nested, strict=True)
+            for leaf, tensor in (self._packed(part, block, scales) | scales.stored()).items()
         }
 
     def section(self) -> dict[str, object]:
@@ -70,33 +84,54 @@ class FourBitMethod:
             "bnb_4bit_quant_storage": "uint8",
         }
 
-    def _stored(self, matrix: Tensor) -> dict[str, Tensor]:
-        """By leaf. Codes are the nearest for the scales that are stored, not for those before they were rounded."""
-        numbers = table("nf4")
-        blocks = _in_blocks(matrix.flatten(), _BLOCK)
-        scales = blocks.abs().amax(1)
-        offset, dynamic = scales.mean(), dynamic_map()
-        nested = _in_blocks(scales - offset, _NESTED_BLOCK)
-        largest = nested.abs().amax(1)
-        nested_codes = nearest_codes(nested, largest, dynamic)
-        stored = (dynamic[nested_codes.long()] * largest.unsqueeze(1)).flatten()[: len(scales)] + offset
-        codes = nearest_codes(blocks, stored, numbers).flatten()[: matrix.numel()]
+    def _packed(self, codes: Tensor, block: int, scales: _Scales) -> dict[str, Tensor]:
+        """What is stored beside the scales, by leaf. codes: [out, in]."""
         state = {
             "quant_type": "nf4",
-            "blocksize": _BLOCK,
+            "blocksize": block,
             "dtype": self.dtype,
-            "shape": list(matrix.shape),
+            "shape": list(codes.shape),
             "nested_blocksize": _NESTED_BLOCK,
             "nested_dtype": "float32",
-            "nested_offset": float(offset),
+            "nested_offset": scales.offset,
         }
+        flat = codes.flatten()
         return {
-            "weight": (codes[::2] << 4 | codes[1::2]).unsqueeze(1),
-            "weight.absmax": nested_codes.flatten()[: len(scales)],
-            "weight.quant_map": numbers,
-            "weight.nested_absmax": largest,
-            "weight.nested_quant_map": dynamic,
+            "weight": (flat[::2] << 4 | flat[1::2]).unsqueeze(1),
+            "weight.quant_map": table("nf4"),
             f"{STATE}nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Scales of a matrix, quantised themselves: numbers[codes] · largest of their block + offset."""
+
+    codes: Tensor  # [out, groups] uint8
+    largest: Tensor  # [⌈out · groups / 256⌉] float32
+    offset: float
+    numbers: Tensor  # [256] float32
+
+    @classmethod
+    def of(cls, scales: Tensor) -> _Scales:
+        """scales: [out, groups] float32."""
+        numbers, offset = dynamic_map(), float(scales.mean())
+        flat = scales.flatten() - offset
+        blocks = functional.pad(flat, (0, -len(flat) % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+        largest = blocks.abs().amax(1)
+        codes = nearest_codes(blocks, largest, numbers).flatten()[: len(flat)]
+        return cls(codes.view_as(scales), largest, offset, numbers)
+
+    def read(self) -> Tensor:
+        """[out, groups] float32."""
+        spread = self.largest.repeat_interleave(_NESTED_BLOCK)[: self.codes.numel()].view(self.codes.shape)
+        return self.numbers[self.codes.long()] * spread + torch.tensor(self.offset)
+
+    def stored(self) -> dict[str, Tensor]:
+        return {
+            "weight.absmax": self.codes.flatten(),
+            "weight.nested_absmax": self.largest,
+            "weight.nested_quant_map": self.numbers,
         }
 
 
@@ -142,9 +177,3 @@ def dynamic_map() -> Tensor:
         middles = ((edges[1:] + edges[:-1]) / 2).float()
         parts += [middles, -middles]
     return torch.cat(parts).sort().values
-
-
-def _in_blocks(numbers: Tensor, size: int) -> Tensor:
-    """[count] to [⌈count / size⌉, size], zeros after the last."""
-    padded: Tensor = functional.pad(numbers, (0, -len(numbers) % size))
-    return padded.view(-1, size)
