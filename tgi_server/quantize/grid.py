@@ -46,9 +46,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class TableGrid:
-    """Numbers of a table between -1 and 1; they are codes of their own, and there are no zero points."""
+    """Numbers of a table; they are codes of their own, and there are no zero points."""
 
-    numbers: Tensor  # [codes] float32, in their order
+    numbers: (
+        Tensor  # [codes] float32, in their order; the largest is about 1, for scales that float16 can hold
+    )
     group_size: int
     orders_columns: bool = False
 
@@ -56,7 +58,7 @@ class TableGrid:
         return self.group_size
 
     def extent(self, low: Tensor, high: Tensor) -> Tensor:
-        return torch.maximum(high, -low)
+        return torch.maximum(high, -low) / self.numbers[-1]
 
     def zeros(self, low: Tensor, _scale: Tensor) -> list[Tensor]:
         return [torch.zeros_like(low)]
