@@ -35,6 +35,8 @@ METHODS: Final[Mapping[str, Kind]] = {
         "bitsandbytes' NF4 with double quantisation, 4.13 bits a weight, by GPTQ's way", {"samples": 128}
     ),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
+    "fp8": Kind("float8 (e4m3) by statistics, a scale a row, in compressed-tensors' layout", _STATISTICS),
+    "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
 }
 
 

@@ -14,7 +14,7 @@ _SHRINKS: Final = tuple(1.0 - 0.06 * i for i in range(8))
 
 @dataclass(frozen=True)
 class TableGrid:
-    """Numbers of a table between -1 and 1 stand for themselves: they are the codes, and there are no zero points."""
+    """Numbers of a table stand for themselves: they are the codes, and there are no zero points."""
 
     numbers: Tensor  # [codes] float32, ascending
     group_size: int
@@ -26,7 +26,7 @@ class TableGrid:
         """Scales of the least error, and zeros; [out, groups] float32. weight: [out, in]; importance: [in]."""
         parts = weight.unflatten(1, (-1, self.group_size))
         costs = importance.view(parts.shape[1:])
-        largest = parts.abs().amax(2).clamp(min=6e-8)
+        largest = (parts.abs().amax(2) / self.numbers[-1]).clamp(min=6e-8)
         scales, least = largest, torch.full_like(largest, torch.inf)
         zeros = torch.zeros_like(largest)
         for shrink in _SHRINKS:
