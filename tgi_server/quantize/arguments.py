@@ -37,6 +37,10 @@ METHODS: Final[Mapping[str, Kind]] = {
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
     "fp8": Kind("float8 (e4m3) by statistics, a scale a row, in compressed-tensors' layout", _STATISTICS),
     "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
+    "exl2": Kind(
+        "EXL2: the bits that are asked for on average, most where they pay most",
+        {"bits": 4.0, "samples": 128},
+    ),
 }
 
 
