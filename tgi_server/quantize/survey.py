@@ -68,7 +68,7 @@ class Survey:
         for block, linears in enumerate(self._layers.values()):
             found = self._walk.observe(block, linears)
             for first, linear in linears.items():
-                yield from self._matrices(block, linear, found[first].hessian)
+                yield from self._matrices(block, linear, found[first])
             self._walk.follow(block)
             for probe in self._probes:
                 self._forward.run_block(block, probe)
