@@ -179,6 +179,8 @@ OPENAI_INVALID = [
             "skip_special_tokens": (False,),
             "truncate_prompt_tokens": (5,),
             "bad_words": (["x"],),
+            "adapter_id": ("x",),
+            "grammar": ({"type": "json", "value": {}},),
         }.items()
         for value in values
     ),

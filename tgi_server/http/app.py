@@ -38,12 +38,14 @@ from tgi_server.http.state import (
     PATIENCE,
     RENDERER,
     TEXT,
+    THREADS,
     TRACER,
     VERSION,
     Engine,
     Life,
     Patience,
 )
+from tgi_server.http.threads import Threads
 from tgi_server.http.tokenize import post_chat_tokenize, post_detokenize, post_tokenize
 from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
@@ -106,6 +108,8 @@ def make_app(
     app[HONOURED] = honoured
     app[METRICS] = Metrics(config.max_total_tokens)
     app[LIFE] = Life()
+    app[THREADS] = Threads()
+    app.on_cleanup.append(_close_threads)
     if tracer is not None:
         app[TRACER] = tracer
     if text.template is not None:
@@ -119,6 +123,10 @@ def make_app(
     if config.prometheus_port is None:
         app.router.add_get("/metrics", get_metrics)
     return app
+
+
+async def _close_threads(app: web.Application) -> None:
+    app[THREADS].close()
 
 
 async def _close_renderer(app: web.Application) -> None:

@@ -99,7 +99,7 @@ async def answer_stream(request: web.Request, query: Query) -> web.StreamRespons
 async def read_query(app: web.Application, fields: Fields, *, full_text: bool = False) -> Query:
     """full_text: what `return_full_text` means when it is not given."""
     began_s = time.monotonic()
-    config, text = app[CONFIG], app[TEXT]
+    config = app[CONFIG]
     prompt = fields.text("inputs")
     if not prompt:
         fields.refuse("inputs", "is missing or empty; give the text to continue")
@@ -109,7 +109,7 @@ async def read_query(app: web.Application, fields: Fields, *, full_text: bool = 
     details = asked.flag("details") is True or parameters.prompt_logprobs
     wanted = asked.flag("return_full_text")
     truncate = asked.integer("truncate", 1, most_input_tokens(config))
-    ids = await encode(text, config, prompt, "inputs", add_special_tokens=True, cut=truncate is not None)
+    ids = await encode(app, prompt, "inputs", add_special_tokens=True, cut=truncate is not None)
     if truncate is not None:
         ids = ids[-truncate:]
     room = room_for_answer(config, len(ids), parameters.max_new_tokens, "inputs", "parameters.max_new_tokens")

@@ -13,6 +13,7 @@ from tgi_server.engine.request import EngineStatus, GenerationRequest, TokenEven
 from tgi_server.errors import Flavour
 from tgi_server.http.metrics import Metrics, Turn
 from tgi_server.http.spans import Tracer
+from tgi_server.http.threads import Threads
 from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
 
@@ -66,6 +67,7 @@ TEXT: Final = web.AppKey("text", Text)
 PATIENCE: Final = web.AppKey("patience", Patience)
 METRICS: Final = web.AppKey("metrics", Metrics)
 RENDERER: Final = web.AppKey("renderer", Renderer)
+THREADS: Final = web.AppKey("threads", Threads)
 TRACER: Final = web.AppKey("tracer", Tracer)  # only if traces are asked for
 LIFE: Final = web.AppKey("life", Life)
 VERSION: Final = web.AppKey("version", str)

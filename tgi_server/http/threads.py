@@ -1,0 +1,33 @@
+"""Where texts are encoded that would keep the event loop from its streams for too long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Seconds of work for a megabyte: a few clients that send such texts would hold every thread there is.
+_LONG_CHARS = 50_000
+
+
+class Threads:
+    """Threads for texts of any length. The longest take turns in one of their own, so that others need not wait."""
+
+    def __init__(self) -> None:
+        self._long = ThreadPoolExecutor(1, "long-text")
+
+    async def run(self, chars: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """`work`, on a text of so many characters."""
+        call = partial(work, *args, **kwargs)
+        # A client that leaves takes its text out of the queue, but what has begun is done to its end.
+        return await asyncio.get_running_loop().run_in_executor(
+            self._long if chars > _LONG_CHARS else None, call
+        )
+
+    def close(self) -> None:
+        self._long.shutdown(wait=False, cancel_futures=True)
