@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,47 @@ async def test_a_body_that_drips_is_a_408(start: Start, say: Say) -> None:
     status, error = await say_raw(client, post()[:-3])
     assert status == 408
     assert error["error_type"] == "timeout"
+
+
+async def test_a_body_that_came_fast_may_not_stop_for_long(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(body_s=0.2))
+    status, error = await say_raw(client, post(b"x" * 100_000)[:-3])
+    assert status == 408
+    assert "99997 bytes" in error["error"]
+
+
+async def ask_for_much(client: TestClient) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The answer has some ten megabytes, of which few fit into buffers."""
+    writer: asyncio.StreamWriter
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect((client.server.host, client.server.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=65_536)
+    writer.write(post(json.dumps({"inputs": "x" * 250_000}).encode(), path="/tokenize"))
+    return reader, writer
+
+
+async def test_a_reader_that_leaves_its_answer_is_cut_off(
+    start: Start, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start(say("a"), patience=Patience(stalled_s=0.3), max_total_tokens=300_000)
+    reader, writer = await ask_for_much(client)
+    await reader.readuntil(b"200 OK")
+    await until(lambda: "bytes of its answer in 0.3 s" in caplog.text)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await reader.readexactly(12_000_000)
+    writer.close()
+
+
+async def test_a_reader_that_is_slow_but_steady_gets_it_all(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(stalled_s=1.0), max_total_tokens=300_000)
+    reader, writer = await ask_for_much(client)
+    head = await reader.readuntil(b"\r\n\r\n")
+    left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while left:
+        left -= len(await reader.readexactly(min(left, 100_000)))
+        await asyncio.sleep(0.02)
+    writer.close()
 
 
 async def test_a_body_in_chunks_of_one_byte_is_read(start: Start, say: Say) -> None:

@@ -45,9 +45,9 @@ class Patience:
 
     headers_s: float = 10.0  # headers wait this long for the first token, so that an error gets its status
     keep_alive_s: float = 15.0  # then a comment is sent, so that proxies keep the connection
-    stalled_s: float = 30.0  # a reader that takes nothing for this long is cut off
+    stalled_s: float = 30.0  # a reader that takes next to nothing for this long is cut off
     head_s: float = 10.0  # from the first byte of a request to its last header
-    body_s: float = 10.0  # a body may take this long, and a second more for every 1000 bytes
+    body_s: float = 10.0  # how far a body may fall behind 1000 bytes a second
 
 
 @dataclass
