@@ -47,7 +47,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 async def test_long_texts_take_turns_and_keep_no_other_waiting(start: Start, say: Say, gate: Gate) -> None:
-    client = await start(say("hello"))
+    client = await start(say("hello"), max_queue=40)
     crowd = [asyncio.create_task(client.post("/generate", json=LONG)) for _ in range(40)]
     await until(lambda: gate.arrived == 1)
     for body in (SHORTER, {"inputs": "x"}):
@@ -57,10 +57,24 @@ async def test_long_texts_take_turns_and_keep_no_other_waiting(start: Start, say
     assert {(await one).status for one in crowd} == {200}
 
 
+async def test_no_more_long_texts_wait_than_requests_may(start: Start, say: Say, gate: Gate) -> None:
+    client = await start(say("hello"), max_queue=5)
+    crowd = [asyncio.create_task(client.post("/generate", json=LONG)) for _ in range(8)]
+    refused = []
+    for one in asyncio.as_completed(crowd):
+        refused.append(await one)
+        if len(refused) == 3:
+            break
+    assert {response.status for response in refused} == {429}
+    assert (await refused[0].json())["error"] == "5 long texts wait to be encoded, the limit; try again later"
+    gate.opened.set()
+    assert sorted([(await one).status for one in crowd]) == [200] * 5 + [429] * 3
+
+
 async def test_a_client_that_leaves_takes_its_text_out_of_the_queue(
     start: Start, say: Say, gate: Gate
 ) -> None:
-    client = await start(say("hello"))
+    client = await start(say("hello"), max_queue=20)
     first = asyncio.create_task(client.post("/generate", json=LONG))
     await until(lambda: gate.arrived == 1)
     leaving = [asyncio.create_task(client.post("/generate", json=LONG)) for _ in range(9)]

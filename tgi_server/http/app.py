@@ -108,7 +108,7 @@ def make_app(
     app[HONOURED] = honoured
     app[METRICS] = Metrics(config.max_total_tokens)
     app[LIFE] = Life()
-    app[THREADS] = Threads()
+    app[THREADS] = Threads(config.max_queue)
     app.on_cleanup.append(_close_threads)
     if tracer is not None:
         app[TRACER] = tracer
