@@ -16,7 +16,7 @@ from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from tgi_server.http.answers import encode_json, json_response
-from tgi_server.http.state import PATIENCE, Patience
+from tgi_server.http.state import PATIENCE, REQUEST_ID, Patience
 
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -120,9 +120,11 @@ class _Connection(RequestHandler):
         if taken >= _SLOWEST_READER * stalled_s:
             self._watch_reader()
             return
+        asked = self._current_request
         log.warning(
-            "a client took %d bytes of its answer in %g s; its connection is closed", taken, stalled_s
-        )
+            "request %s: the client stopped reading, it took %d bytes in %g s; its connection is closed",
+            "(answered)" if asked is None else asked.get(REQUEST_ID), taken, stalled_s,
+        )  # fmt: skip
         self.transport.abort()
 
     def _forget_reader(self) -> None:
