@@ -28,6 +28,15 @@ GRID = ["--group-size", "32"]
 STATISTICS = ["--samples", "4"]
 
 
+def write_text(folder: Path) -> None:
+    """A vocabulary of words, and text of them to calibrate with."""
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "?"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text").write_text(" ".join(WORDS[i * i % 97] for i in range(2000)))
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return make_model(tmp_path / "model")
@@ -36,11 +45,7 @@ def model(tmp_path: Path) -> Path:
 def make_model(folder: Path, **shape: int) -> Path:
     """With a tokenizer, and a text beside it."""
     write_model(folder, **shape)
-    vocabulary = {word: i for i, word in enumerate([*WORDS, "?"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "text").write_text(" ".join(WORDS[i * i % 97] for i in range(2000)))
+    write_text(folder)
     return folder
 
 
