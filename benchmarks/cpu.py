@@ -80,7 +80,7 @@ def bench_matmul(report: Report, flops: float) -> None:
 class Engine:
     """Scheduler and runner without a process around them."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, quantize: str = "") -> None:
         self.config = EngineConfig(
             model=model,
             max_total_tokens=2048,
@@ -89,6 +89,7 @@ class Engine:
             max_queue=1000,
             num_pages=1024,
             num_threads=threads,
+            quantize=quantize,
         )
         self.runner = CpuRunner(self.config)
 

@@ -16,6 +16,7 @@ from tgi_kernels.quant_weight import QuantWeight
 register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
 
 PackedQuant = PackedCpu | PackedCuda
+GATES: tuple[Gate | None, ...] = (None, "silu", "gelu", "gelu_tanh")  # in the order of csrc/quant/ops.cpp
 
 
 def fits_kernels(weight: QuantWeight) -> bool:
@@ -48,18 +49,23 @@ def quant_linear(
     The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
     those of x are in the order of the codes: for any number of tokens and threads.
     """
-    if gate is not None:
-        if residual is not None:
-            raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
-        return GATED[gate](quant_linear(x, packed, bias), out)
+    if gate is not None and residual is not None:
+        raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
     if isinstance(packed, PackedCuda):
+        if gate is not None:
+            return GATED[gate](quant_matmul(x, packed, bias), out)
         return quant_matmul(x, packed, bias, residual=residual, out=out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
+    width = packed.out_features
+    if gate is not None:
+        if width % 2:
+            raise ValueError(f"the product has {width} columns; gate and up side by side make an even number")
+        width //= 2
     if out is None:
-        out = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
-    else:
-        check_shape("out", out, (x.shape[0], packed.out_features))
+        out = torch.empty((x.shape[0], width), dtype=torch.float32)
+    elif out.shape[-1] != width:
+        check_shape("out", out, (x.shape[0], width))
     try:
         ops.quant_linear(
             x,
@@ -73,10 +79,12 @@ def quant_linear(
             packed.group_size,
             bias,
             residual,
+            GATES.index(gate),
             out,
         )
     except RuntimeError:
         _check(x, packed, bias, residual)
+        check_shape("out", out, (x.shape[0], width))
         check_alike("out", out, "x", x)
         check_contiguous("out", out)
         raise

@@ -13,6 +13,8 @@ from tgi_kernels.quant_weight import QuantWeight, table
 PANEL = 32  # output features that kernels work on together
 RUN = 32  # codes of one feature that lie together
 _NAN = 0x7F  # of e4m3, beside its sign
+# Of scales of integers, which kernels multiply by powers of two up to 2⁹ either way: that shall round nothing.
+_SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,14 @@ class PackedCpu:
 
 
 def fits_cpu(weight: QuantWeight) -> bool:
-    """Whether `pack_cpu` takes it: all but e4m3 codes among which are NaN."""
-    return weight.values != "e4m3" or not bool(((weight.codes & _NAN) == _NAN).any())
+    """Whether `pack_cpu` takes it."""
+    return _misfit(weight) is None
 
 
 def pack_cpu(weight: QuantWeight) -> PackedCpu:
-    """Lays a weight out for `quant_linear`. Raises ValueError for e4m3 codes that are NaN."""
-    if not fits_cpu(weight):
-        bad = int(((weight.codes & _NAN) == _NAN).sum())
-        raise ValueError(f"{bad} of {weight.codes.numel()} codes are NaN; `dequantise` the weight")
+    """Lays a weight out for `quant_linear`. Raises ValueError for what `fits_cpu` refuses."""
+    if (misfit := _misfit(weight)) is not None:
+        raise ValueError(f"{misfit}; `dequantise` the weight")
     codes, bits, zeros, offsets = _shifted(weight)
     zero = 0.0
     if zeros is not None and torch.equal(zeros, zeros[:1, :1].expand_as(zeros)):
@@ -65,6 +66,19 @@ def pack_cpu(weight: QuantWeight) -> PackedCpu:
         group_size=weight.group_size,
         order=weight.order,
     )
+
+
+def _misfit(weight: QuantWeight) -> str | None:
+    """Why the kernels would not give a weight's exact bits; None: they do."""
+    if weight.values == "e4m3":
+        bad = int(((weight.codes & _NAN) == _NAN).sum())
+        return f"{bad} of {weight.codes.numel()} codes are NaN" if bad else None
+    if weight.values != "integer":
+        return None
+    sizes = weight.scales.abs()
+    if bool(((sizes >= _SMALLEST) & (sizes <= _LARGEST) | (sizes == 0)).all()):
+        return None
+    return f"scales reach from {sizes.min():.3g} to {sizes.max():.3g}, past {_SMALLEST:.3g} or {_LARGEST:.3g}"
 
 
 def _shifted(weight: QuantWeight) -> tuple[Tensor, int, Tensor | None, Tensor | None]:

@@ -35,6 +35,14 @@ struct Unpacker {
   // Code kIndex of a run as a weight, of the features of vector v.
   template <int kIndex>
   TGI_MEMBER Vec weight(const int32_t* run, int v, const GroupScales& group) const {
+    constexpr int kShift = kIndex * kBits % 32;
+    if constexpr (kIndex % 2 == 1 && kShift >= kBits && kShift + kBits <= 32 &&
+                  requires { &Codes::next_value; }) {
+      // Two codes share a shift, the costliest of what there is to do: scaling by powers of two rounds
+      // nothing.
+      const VecUint both = code_at<kBits, kIndex - 1>(run + v * kLanes);
+      return scaled(codes.next_value(both), group.next_scale[v], group.offset[v]);
+    }
     return scaled(codes.value(code_at<kBits, kIndex>(run + v * kLanes)), group.scale[v], group.offset[v]);
   }
 };

@@ -34,10 +34,17 @@ TGI_INLINE Vec scaled(Vec value, Vec scale, Vec offset) {
 template <int kWidth>
 struct IntegerCodes {
   static constexpr int kBits = kWidth;
+  static constexpr uint32_t kMask = (1u << kBits) - 1;
   explicit IntegerCodes(const QuantWeight&) {}
-  TGI_MEMBER Vec value(VecUint code) const {
-    // Below 2³¹, so that the signed conversion, which every set has, serves.
-    return __builtin_convertvector(reinterpret_cast<VecInt>(code & ((1u << kBits) - 1)), Vec);
+  TGI_MEMBER Vec value(VecUint code) const { return converted(code & kMask); }
+
+  // 2^kBits times the value of the code above the lowest.
+  TGI_MEMBER Vec next_value(VecUint code) const { return converted(code & (kMask << kBits)); }
+
+ private:
+  // Numbers below 2³¹, so that the signed conversion, which every set has, serves.
+  TGI_MEMBER static Vec converted(VecUint number) {
+    return __builtin_convertvector(reinterpret_cast<VecInt>(number), Vec);
   }
 };
 
@@ -120,31 +127,44 @@ TGI_INLINE Vec load_half(const uint16_t* from) {
 #endif
 }
 
-TGI_INLINE Vec load(const Numbers& numbers, int64_t index) {
+TGI_INLINE Vec load_float(const float* from) { return load(from); }
+TGI_INLINE Vec load_bfloat16(const bfloat16* from) { return load(from); }
+
+template <typename T, Vec (*kLoad)(const T*)>
+TGI_INLINE void load_panel(const void* from, int64_t index, Vec (&to)[kPanelVecs]) {
+  for (int v = 0; v < kPanelVecs; ++v) to[v] = kLoad(static_cast<const T*>(from) + index + v * kLanes);
+}
+
+// One group's numbers for the features of a panel.
+TGI_INLINE void load_panel(const Numbers& numbers, int64_t index, Vec (&to)[kPanelVecs]) {
   switch (numbers.type) {
     case NumberType::f16:
-      return load_half(static_cast<const uint16_t*>(numbers.data) + index);
+      return load_panel<uint16_t, load_half>(numbers.data, index, to);
     case NumberType::bf16:
-      return load(static_cast<const bfloat16*>(numbers.data) + index);
+      return load_panel<bfloat16, load_bfloat16>(numbers.data, index, to);
     default:
-      return load(static_cast<const float*>(numbers.data) + index);
+      return load_panel<float, load_float>(numbers.data, index, to);
   }
 }
 
-// Scale and offset of one group's 32 features.
+// Scales and offsets of one group's 32 features.
 struct GroupScales {
-  Vec scale[kPanelVecs], offset[kPanelVecs];
+  Vec scale[kPanelVecs], offset[kPanelVecs], next_scale[kPanelVecs];  // the last is scale / 2^bits
 
   // index: of the group's first number.
   TGI_MEMBER void read(const QuantWeight& weight, int64_t index) {
-    for (int v = 0; v < kPanelVecs; ++v) {
-      scale[v] = load(weight.scales, index + v * kLanes);
-      if (weight.shifts.data == nullptr) {
-        // −0 is what changes no product.
-        offset[v] = weight.zero == 0 ? splat(-0.0f) : -weight.zero * scale[v];
-      } else {
-        const Vec shift = load(weight.shifts, index + v * kLanes);
-        offset[v] = weight.has_zeros ? -shift * scale[v] : shift;
+    load_panel(weight.scales, index, scale);
+    const float down = 1.0f / static_cast<float>(1 << weight.bits);
+    for (int v = 0; v < kPanelVecs; ++v) next_scale[v] = scale[v] * down;
+    if (weight.shifts.data == nullptr) {
+      for (int v = 0; v < kPanelVecs; ++v) offset[v] = scale[v] * -weight.zero;
+      if (weight.zero == 0) {
+        for (Vec& each : offset) each = splat(-0.0f);  // which changes no product
+      }
+    } else {
+      load_panel(weight.shifts, index, offset);
+      if (weight.has_zeros) {
+        for (int v = 0; v < kPanelVecs; ++v) offset[v] = -offset[v] * scale[v];
       }
     }
   }

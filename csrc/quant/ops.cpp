@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "activation/cpu_params.h"
 #include "common/torch_cpu.h"
 #include "quant/cpu_params.h"
 
@@ -51,27 +52,39 @@ QuantWeight read_weight(int64_t in_features, int64_t out_features, const Tensor&
           .has_zeros = has_zeros};
 }
 
+// What follows the product; the numbers are those of tgi_kernels.quant.GATES.
+void apply_gate(int64_t gate, const GatedParams& params) {
+  static constexpr void (*kGates[])(const GatedParams&) = {silu_and_mul, gelu_and_mul, gelu_tanh_and_mul};
+  check(gate <= 3, "gate is ", gate, "; 1 to 3 are known, 0 is none");
+  kGates[gate - 1](params);
+}
+
 void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales,
                       const std::optional<Tensor>& shifts, bool has_zeros, double zero,
                       const std::optional<Tensor>& table, bool is_e4m3, int64_t group_size,
-                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t gate,
                       const Tensor& out) {
   check_dims(x, 2, "x");
   check_dims(out, 2, "out");
-  const int64_t tokens = x.size(0), in_features = x.size(1), out_features = out.size(1);
+  const int64_t tokens = x.size(0), in_features = x.size(1);
+  const int64_t out_features = gate > 0 ? 2 * out.size(1) : out.size(1);
   check_cpu<float>(x, "x");
   check(x.stride(1) == 1, "x: its rows are not contiguous");
-  check_shape(out, {tokens, out_features}, "out");
+  check(out.size(0) == tokens, "out has ", out.size(0), " rows and x ", tokens);
+  check(gate <= 0 || !residual.has_value(), "a gate and a residual; a product takes one of the two");
   if (bias.has_value()) check_shape(*bias, {out_features}, "bias");
   if (residual.has_value()) check_shape(*residual, {tokens, out_features}, "residual");
   const int64_t scratch = tokens > 1 ? std::min(tokens, kRowBlock) * in_features : 0;
   const auto tiles = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(scratch));
+  const auto both =
+      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(gate > 0 ? tokens * out_features : 0));
+  float* to = write<float>(out, "out");
   quant_linear(QuantLinearParams{
       .product = {.x = static_cast<const float*>(x.const_data_ptr()),
                   .packed = nullptr,
                   .bias = read_optional<float>(bias, "bias"),
                   .residual = read_optional<float>(residual, "residual"),
-                  .out = write<float>(out, "out"),
+                  .out = gate > 0 ? both.get() : to,
                   .tiles = tiles.get(),
                   .x_stride = x.stride(0),
                   .tokens = tokens,
@@ -81,6 +94,7 @@ void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales
       .weight = read_weight(in_features, out_features, words, scales, shifts, has_zeros, zero, table, is_e4m3,
                             group_size),
   });
+  if (gate > 0) apply_gate(gate, {.x = both.get(), .out = to, .tokens = tokens, .inner = out_features / 2});
 }
 
 }  // namespace
@@ -89,7 +103,9 @@ void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "quant_linear(Tensor x, Tensor words, Tensor scales, Tensor? shifts, bool has_zeros, float zero, "
-      "Tensor? table, bool is_e4m3, int group_size, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+      "Tensor? table, bool is_e4m3, int group_size, Tensor? bias, Tensor? residual, int gate, Tensor(a!) "
+      "out) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CPU, m) { m.impl("quant_linear", TORCH_BOX(&tgi::quant_linear_cpu)); }

@@ -8,6 +8,7 @@ import torch
 from tests.kernels.compare import assert_near, assert_same_bits, normal, poisoned
 from tgi_kernels import cpu
 from tgi_kernels._library import ops
+from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cpu import pack_cpu
@@ -149,11 +150,39 @@ def test_many_tokens_have_the_bits_of_the_dense_product(noise: torch.Generator) 
     assert_same_bits(quant_linear(x, pack_quant(weight)), linear(x, dense))
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("inner", [1, 16, 50])
+def test_a_gate_has_the_bits_of_one_after_the_dense_product(
+    noise: torch.Generator, gate: Gate, inner: int
+) -> None:
+    weight = random_weight(noise, (96, 2 * inner, 32))
+    packed, dense = pack_quant(weight), pack_linear(dequantise(weight, torch.float32))
+    for tokens in TOKENS:
+        x, bias = normal(noise, tokens, 96), normal(noise, 2 * inner)
+        out = poisoned(tokens, inner)
+        assert quant_linear(x, packed, bias, gate=gate, out=out) is out
+        assert_same_bits(out, linear(x, dense, bias, gate=gate))
+    with pytest.raises(ValueError, match="both a gate"):
+        quant_linear(x, packed, bias, gate=gate, residual=out)
+
+
 def test_codes_that_are_nan_fit_no_kernel(noise: torch.Generator) -> None:
     weight = random_weight(noise, (32, 3, 32), 8, torch.float32, "e4m3", "nothing")
     weight.codes[1, 5] = 0xFF
     assert not fits_kernels(weight)
     with pytest.raises(ValueError, match="1 of 96 codes are NaN"):
+        pack_quant(weight)
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**110, float("nan")])
+def test_scales_at_the_ends_of_float32_fit_no_kernel(noise: torch.Generator, scale: float) -> None:
+    weight = random_weight(noise, (32, 3, 32), 4, torch.float32)
+    weight.scales[1] = 0
+    assert fits_kernels(weight)
+    weight.scales[1] = scale
+    assert not fits_kernels(weight)
+    with pytest.raises(ValueError, match="scales reach from"):
         pack_quant(weight)
 
 
@@ -212,5 +241,5 @@ def test_x_of_another_width_is_refused_with_both_shapes(noise: torch.Generator) 
 
 def test_the_schema_tells_what_is_written(noise: torch.Generator) -> None:
     packed = pack_cpu(random_weight(noise, (96, 40, 32)))
-    arguments = (packed.words, packed.scales, packed.shifts, True, 0.0, None, False, 32, None, None)
+    arguments = (packed.words, packed.scales, packed.shifts, True, 0.0, None, False, 32, None, None, 0)
     torch.library.opcheck(ops.quant_linear, (normal(noise, 3, 96), *arguments, torch.empty(3, 40)))
