@@ -32,9 +32,7 @@ from tgi_server.quantize.text import windows
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 _REST, _PLAN = "rest", "plan"
-_SURVEYED = (
-    4  # a survey reads one in so many pieces of the text: it is after shares of errors, not after codes
-)
+_SURVEYED = 4  # one piece of text in so many is enough for a survey, which is after shares of errors
 
 
 class Job:

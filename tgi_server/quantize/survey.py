@@ -16,7 +16,7 @@ from tgi_server.quantize.forward import Forward
 from tgi_server.quantize.observe import Walk
 
 # A matrix is tried out on so many pieces of so many tokens; answers are compared at every fourth, for a head is
-# as much work as many blocks. With 2 · 128 tokens the order of SmolLM2's matrices is that of 3 · 256.
+# as much work as many blocks: SmolLM2's as eight.
 _PIECES: Final = 2
 _TOKENS: Final = 128
 _EVERY: Final = 4
