@@ -233,8 +233,9 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, content: str, complaint:
 
 
 def test_a_mistake_in_the_environment_names_the_variable() -> None:
-    with pytest.raises(StartupError, match=r"environment variable MAX_QUEUE.*'x' is not a whole number"):
-        parse(MAX_QUEUE="x")
+    for name in ("MAX_QUEUE", "MAX_CONCURRENT_REQUESTS"):
+        with pytest.raises(StartupError, match=f"environment variable {name}: 'x' is not a whole number"):
+            parse(**{name: "x"})
 
 
 @pytest.mark.parametrize(

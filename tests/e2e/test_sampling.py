@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -227,8 +228,8 @@ def _check_top(top: list[tuple[int, float]], logprobs: Tensor, count: int) -> No
     assert len(set(ids.tolist())) == count
 
 
-def _request(name: str, prompt: list[int], sampling: Sampling, new: int, **more: object) -> GenerationRequest:
-    return GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new, sampling=sampling, **more)  # type: ignore[arg-type]
+def _request(name: str, prompt: list[int], sampling: Sampling, new: int, **more: Any) -> GenerationRequest:
+    return GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new, sampling=sampling, **more)
 
 
 # ---- over HTTP ----

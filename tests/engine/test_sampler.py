@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -29,10 +31,10 @@ def sampler(rows: int = 4, tokens: int = 64) -> Sampler:
     return Sampler(rows, tokens, VOCAB, torch.device("cpu"))
 
 
-def work(row: int, start: int, token_ids: list[int], *, count: int = 0, **more: object) -> Work:
+def work(row: int, start: int, token_ids: list[int], *, count: int = 0, **more: Any) -> Work:
     """Work that samples; `token_ids` empty stands for the id drawn last."""
-    given = {"samples": True, **more}
-    return Work(str(row), 0, row, start, count or len(token_ids) or 1, token_ids, 0, [], **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"samples": True, **more}
+    return Work(str(row), 0, row, start, count or len(token_ids) or 1, token_ids, 0, [], **given)
 
 
 def step(sampler: Sampler, *works: Work, logits: Tensor | None = None) -> list[int]:

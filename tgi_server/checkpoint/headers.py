@@ -49,15 +49,16 @@ class Entry:
     end: int
 
 
-def stored_types(folder: Path) -> dict[str, str]:
-    """The type of each tensor in the folder as its file writes it, such as "BF16" or "Q4_K"; empty without files.
+def stored_tensors(folder: Path) -> dict[str, Entry]:
+    """What the headers in the folder say of each tensor; empty without files.
 
     Files that are not there are no error: a plan can do without. Raises StartupError naming one that is damaged.
     """
     if path := gguf_of(folder):
-        return {name: tensor.kind.name for name, tensor in weights(GgufFile(path)).items()}
+        found = weights(GgufFile(path)).items()
+        return {name: Entry(t.kind.name, t.shape, t.offset, t.offset + t.size_bytes) for name, t in found}
     headers = (read_header(path) for path in sorted(folder.glob("model*.safetensors")))
-    return {name: entry.dtype for name, entry in chain.from_iterable(header.items() for header in headers)}
+    return dict(chain.from_iterable(header.items() for header in headers))
 
 
 def check_files(folder: Path) -> frozenset[str]:

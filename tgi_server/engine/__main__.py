@@ -20,7 +20,7 @@ import torch
 
 from tgi_kernels import cpu
 from tgi_server.checkpoint.dummy import DummyCheckpoint
-from tgi_server.checkpoint.headers import stored_types, tensor_files
+from tgi_server.checkpoint.headers import stored_tensors, tensor_files
 from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
@@ -36,6 +36,7 @@ from tgi_server.layers.weights import Source
 from tgi_server.logs import TOO_FEW_PROCESSES, logging_to_stderr
 from tgi_server.memory_plan import Asked, can_plan, plan_memory, table
 from tgi_server.models import load_model
+from tgi_server.quantization.contents import contents_of
 from tgi_server.quantization.kv_scales import kv_scale_warning
 
 _PR_SET_PDEATHSIG = 1
@@ -163,7 +164,9 @@ def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> Eng
     """With as many pages as the plan for a GPU finds room for. Raises StartupError, before anything is loaded, if
     that is too little; models whose weights the plan does not know are counted when they are there.
     """
-    if not can_plan(model):
+    tensors = {} if config.dummy_weights else stored_tensors(config.model)
+    contents = contents_of(model.raw, config.model, tensors, config.quantize)
+    if not can_plan(model, contents):
         return config
     asked = Asked(
         config.max_total_tokens,
@@ -172,9 +175,7 @@ def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> Eng
         config.num_pages * PAGE_TOKENS,
         config.fp8_cache,
     )
-    plan = plan_memory(
-        model, {} if config.dummy_weights else stored_types(config.model), asked, memory_bytes, on_gpu=True
-    )
+    plan = plan_memory(model, contents, asked, memory_bytes, on_gpu=True)
     plan.check()
     for line in table([plan]).splitlines():
         log.info("%s", line)

@@ -63,11 +63,16 @@ class Weights:
         return self.stored(leaf, *shape).to(self.device, self.dtype, copy=True)
 
     def on_device(self, *parts: Tensor) -> Tensor:
-        """The rows of stored tensors, one after the other, in `dtype` on the device."""
+        """The rows of stored tensors, one after the other, in `dtype` on the device.
+
+        What is all of that already, as made-up weights are, is taken as it is.
+        """
+        if len(parts) == 1 and parts[0].device.type == self.device.type and parts[0].dtype == self.dtype:
+            return parts[0]
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
         rows = torch.empty(shape, dtype=self.dtype, device=self.device)
         for part, to in zip(parts, rows.split([len(part) for part in parts]), strict=True):
-            if self.transfer is None or part.device == self.device:
+            if self.transfer is None or part.device.type == self.device.type:
                 to.copy_(part)
             else:
                 self.transfer.copy(part, to)

@@ -48,4 +48,6 @@ def load_model(
         model = load(Weights(checkpoint, device, dtype, transfer, scheme=scheme), config).eval()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is still on its way comes from memory that goes
+        # Copies that loading made and dropped; the allocator would keep them from the KV cache, which is one piece.
+        torch.cuda.empty_cache()
     return model

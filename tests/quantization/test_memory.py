@@ -1,0 +1,105 @@
+"""What the plan says a quantised model's weights take, against what is then loaded; made-up weights of its kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models.paged import Paged
+from tests.quantization import writers
+from tests.quantization.test_served import CASES, TOKENS, Made, load, write_model
+from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.checkpoint.headers import stored_tensors
+from tgi_server.config import ModelConfig
+from tgi_server.layers.linear import Linear
+from tgi_server.layers.product import Dense, Product, Quantised, SideBySide
+from tgi_server.models import load_model
+from tgi_server.models.decoder import Decoder
+from tgi_server.quantization.contents import contents_of
+from tgi_server.weight_bytes import weights_bytes
+
+WEIGHTS = {"num_bits": 6, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+CT = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"a": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+
+
+def compressed(_name: str, weight: Tensor) -> Made:
+    matrix = writers.rounded(weight, 6, 32, sym=True)
+    tensors = {"weight_packed": writers.bit_stream(matrix.codes, 6), "weight_scale": matrix.scales}
+    return tensors, matrix.dense().float()
+
+
+ALL = CASES | {"compressed-tensors, 6 bits": (CT, compressed)}
+ALIKE = [case for case in ALL if "beside" not in case]  # every matrix of a block is quantised
+
+
+@pytest.fixture(params=ALL)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, case: str) -> Path:
+    write_model(tmp_path)
+    writers.quantise_folder(tmp_path, *ALL[case])
+    return tmp_path
+
+
+def planned_bytes(folder: Path, *, on_gpu: bool = False, with_headers: bool = True) -> int:
+    config = ModelConfig.from_folder(folder)
+    tensors = stored_tensors(folder) if with_headers else {}
+    return weights_bytes(config, contents_of(config.raw, folder, tensors), 1, on_gpu=on_gpu)
+
+
+def loaded_bytes(model: Decoder) -> int:
+    """Of embedding, products and norms."""
+    parameters = [model.embedding.table, model.norm.weight]
+    parameters += [norm.weight for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    held = [tensor for product in products_of(model) for tensor in tensors_of(product)]
+    return sum(tensor.nbytes for tensor in [*parameters, *held])
+
+
+def products_of(model: Decoder) -> list[Product]:
+    return [layer.product for layer in model.modules() if isinstance(layer, Linear)]
+
+
+def tensors_of(product: Product) -> Iterator[Tensor]:
+    if isinstance(product, SideBySide):
+        for part in product.products:
+            yield from tensors_of(part)
+        return
+    assert isinstance(product, (Dense, Quantised))
+    yield from (value for value in vars(product.packed).values() if isinstance(value, Tensor))
+
+
+def test_a_quantised_model_takes_what_the_plan_says(folder: Path) -> None:
+    assert planned_bytes(folder) == pytest.approx(loaded_bytes(load(folder).model), rel=0.03)
+
+
+@pytest.mark.parametrize("case", ALIKE, indirect=True)
+def test_the_config_alone_makes_the_plan_that_the_headers_make(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    for on_gpu in (False, True):
+        headers, config = (
+            planned_bytes(folder, on_gpu=on_gpu, with_headers=given) for given in (True, False)
+        )
+        assert headers == config
+
+
+@pytest.mark.parametrize("case", ALIKE, indirect=True)
+def test_made_up_weights_have_the_kind_that_the_config_says(folder: Path) -> None:
+    config, device = ModelConfig.from_folder(folder), torch.device("cpu")
+    served = load(folder).model
+    made_up = load_model(DummyCheckpoint(folder, device, torch.float32), config, device, torch.float32)
+    assert [type(product) for product in products_of(made_up)] == [type(one) for one in products_of(served)]
+    assert loaded_bytes(made_up) == loaded_bytes(served)
+    logits = Paged(made_up, config).step({"a": TOKENS})["a"]
+    assert bool(logits.isfinite().all()) and float(logits.std()) > 0
