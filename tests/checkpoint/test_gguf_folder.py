@@ -20,6 +20,7 @@ from tests.server import DEMO, ROOT, running_server
 from tgi_server.checkpoint.gguf_folder import DESCRIPTION, LINK
 from tgi_server.checkpoint.headers import check_files, tensor_files
 from tgi_server.checkpoint.hub import model_folder
+from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.checkpoint.verify import verify
 from tgi_server.config import ModelConfig
@@ -116,6 +117,11 @@ def test_a_files_checksum_is_that_of_its_own_folder(gguf: Path) -> None:
     (gguf.parent / "SHA256SUMS").write_text(f"{digest[::-1]}  tiny.gguf\n")
     with pytest.raises(StartupError, match=r"tiny\.gguf has checksum"):
         verify(folder, 2)
+
+
+def test_a_file_is_no_source_for_quantising(gguf: Path) -> None:
+    with pytest.raises(StartupError, match=rf"{gguf} is served as it is; .* python -m .*{gguf} NEW_FOLDER"):
+        Checkpoint(model_folder(str(gguf)))
 
 
 def test_a_file_is_served_under_its_own_name(gguf: Path, assets: Path) -> None:

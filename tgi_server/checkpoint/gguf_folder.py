@@ -18,7 +18,6 @@ from huggingface_hub import constants
 
 from tgi_server.checkpoint.gguf_file import GgufFile
 from tgi_server.checkpoint.gguf_model import DENSE, generation_config, model_config
-from tgi_server.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
 from tgi_server.errors import StartupError
 
 LINK: Final = "model.gguf"
@@ -54,6 +53,9 @@ def gguf_of(folder: Path) -> Path | None:
 
 def write_description(gguf: GgufFile, folder: Path, quantization: dict[str, Any] | None = None) -> None:
     """Write the files DESCRIPTION names. quantization: config.json's `quantization_config`."""
+    # The library of tokenizers is for GGUF files alone: all commands come through this module.
+    from tgi_server.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config  # noqa: PLC0415
+
     config = model_config(gguf)
     if quantization:
         config["quantization_config"] = quantization

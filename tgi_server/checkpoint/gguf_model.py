@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tgi_server.checkpoint.gguf_file import GgufFile, GgufTensor
-from tgi_server.checkpoint.gguf_tokenizer import special_ids
 from tgi_server.errors import StartupError
 
 # `general.architecture` → `architectures` of config.json; the file's keys begin with the former.
@@ -22,6 +21,10 @@ ARCHITECTURES: Final = {
 DENSE: Final = ("F32", "F16", "BF16")
 BLOCKS: Final = "blocks"  # the last part of a quantised matrix's name, see `stored_name`
 
+# Hugging Face's name of a special token → llama.cpp's.
+_SPECIAL_KEYS: Final = {
+    "bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"
+}  # fmt: skip
 _TOP_NAMES: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES: Final = {
     "attn_norm": "input_layernorm",
@@ -88,6 +91,20 @@ def generation_config(gguf: GgufFile) -> dict[str, Any]:
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return config
+
+
+def special_ids(gguf: GgufFile) -> dict[str, int]:
+    """The ids of the special tokens the file names, under Hugging Face's names: bos, eos, pad …"""
+    num_tokens = len(gguf.texts("tokenizer.ggml.tokens"))
+    ids = {}
+    for name, key in _SPECIAL_KEYS.items():
+        if f"tokenizer.ggml.{key}_token_id" in gguf.metadata:
+            ids[name] = gguf.integer(f"tokenizer.ggml.{key}_token_id")
+            if not 0 <= ids[name] < num_tokens:
+                raise StartupError(
+                    f"{gguf.path}: {name} token {ids[name]} is outside the {num_tokens} tokens"
+                )
+    return ids
 
 
 def weights(gguf: GgufFile) -> dict[str, GgufTensor]:

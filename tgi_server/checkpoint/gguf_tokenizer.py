@@ -21,6 +21,7 @@ from tokenizers import (
 )
 
 from tgi_server.checkpoint.gguf_file import GgufFile
+from tgi_server.checkpoint.gguf_model import special_ids
 from tgi_server.errors import StartupError
 
 NORMAL_TOKEN: Final = 1
@@ -33,11 +34,6 @@ _LONGEST_PIECE: Final = (
 )
 _MOST_CHARS: Final = 1 << 22
 MAX_ADDED_TOKENS: Final = 1 << 14  # the library takes its time for each; models have a few hundred
-
-# Hugging Face's name of a special token → llama.cpp's.
-SPECIAL_KEYS: Final = {
-    "bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot", "eom": "eom"
-}  # fmt: skip
 
 
 def _words(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -175,20 +171,6 @@ def _by_scores(gguf: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> T
     tokenizer.normalizer = normalizers.Sequence(spaces)
     tokenizer.decoder = decoders.Sequence(texts)
     return tokenizer
-
-
-def special_ids(gguf: GgufFile) -> dict[str, int]:
-    """The ids of the special tokens the file names, under Hugging Face's names: bos, eos, pad …"""
-    num_tokens = len(gguf.texts("tokenizer.ggml.tokens"))
-    ids = {}
-    for name, key in SPECIAL_KEYS.items():
-        if f"tokenizer.ggml.{key}_token_id" in gguf.metadata:
-            ids[name] = gguf.integer(f"tokenizer.ggml.{key}_token_id")
-            if not 0 <= ids[name] < num_tokens:
-                raise StartupError(
-                    f"{gguf.path}: {name} token {ids[name]} is outside the {num_tokens} tokens"
-                )
-    return ids
 
 
 def tokenizer_config(gguf: GgufFile) -> dict[str, object]:
