@@ -95,9 +95,7 @@ def _integers(
     """Whole numbers with scales of 16 bits."""
     if bits not in range(2, 9) or not isinstance(group_size, int) or group_size < -1 or group_size == 0:
         return None
-    return QuantKind(
-        int(str(bits)), group_size, zeros="many" if has_zeros else "one", is_ordered=is_ordered
-    )
+    return QuantKind(int(str(bits)), group_size, zeros="many" if has_zeros else "one", is_ordered=is_ordered)
 
 
 # `quant_method` of a config → what it says.
