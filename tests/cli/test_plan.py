@@ -222,7 +222,7 @@ def test_the_command_needs_a_config_alone(
         ({"model_type": "mamba"}, "'mamba'"),
         (
             {"quantization_config": {"quant_method": "aqlm"}},
-            "dense or of gptq, awq, compressed-tensors; this is",
+            "dense or of gptq, marlin, awq, compressed-tensors, bitsandbytes",
         ),
         ({"max_position_embeddings": 4096}, None),
     ],

@@ -13,7 +13,7 @@ from tgi_kernels.quant import fits_kernels, pack_quant
 from tgi_kernels.quant_size import QuantKind, Values, packed_bytes
 from tgi_kernels.quant_weight import BITS, QuantWeight
 
-SHAPES = [(1, 7, 7), (33, 96, 24), (100, 128, 32), (64, 576, 64), (65, 257, 257), (320, 1152, 128)]
+SHAPES = [(2, 7, 7), (33, 96, 24), (100, 128, 32), (64, 576, 64), (65, 257, 257), (320, 1152, 128)]
 KINDS: list[tuple[Values, int]] = [(values, bits) for values, widths in BITS.items() for bits in widths]
 
 
@@ -33,7 +33,7 @@ def weights(values: Values, bits: int, device: str) -> list[tuple[QuantKind, Qua
         for zeros, offset_bytes, scale, ordered in cases:
             middle = torch.full(shape, 1 << (bits - 1), dtype=torch.int16, device=device)
             if zeros == "many":
-                middle.view(-1)[::3] -= 1
+                middle.view(-1)[::3] = 3  # its products with scales of 24 bits are not exact
             codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
             offsets = torch.full(shape, 0.5 if offset_bytes == 2 else 0.1, device=device)
             weight = QuantWeight(
@@ -46,11 +46,7 @@ def weights(values: Values, bits: int, device: str) -> list[tuple[QuantKind, Qua
                 values,
                 offsets if offset_bytes else None,
             )
-            is_many = zeros == "many" and weight.zeros is not None and len(weight.zeros.unique()) > 1
-            kind = QuantKind(
-                bits, size, values, "many" if is_many else "one" if zeros == "many" else zeros,
-                scale.itemsize, offset_bytes, ordered,
-            )  # fmt: skip
+            kind = QuantKind(bits, size, values, zeros, scale.itemsize, offset_bytes, ordered)
             found.append((kind, weight))
     return found
 

@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 
 from tests.models.paged import Paged
-from tests.quantization import writers
+from tests.quantization import test_bitsandbytes, test_exl2, test_gguf, test_gptq_kinds, writers
+from tests.quantization.test_eight_bit import SERVED
 from tests.quantization.test_served import CASES, TOKENS, Made, load, write_model
 from tgi_server.checkpoint.dummy import DummyCheckpoint
+from tgi_server.checkpoint.gguf_blocks import DECODERS
 from tgi_server.checkpoint.headers import stored_tensors
+from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import Dense, Product, Quantised, SideBySide
+from tgi_server.layers.segmented import Segmented
 from tgi_server.models import load_model
 from tgi_server.models.decoder import Decoder
+from tgi_server.quantization import on_load
 from tgi_server.quantization.contents import contents_of
+from tgi_server.quantization.declared import DECLARED, GGUF, ON_LOAD
+from tgi_server.quantization.detect import FORMATS
 from tgi_server.weight_bytes import weights_bytes
 
 WEIGHTS = {"num_bits": 6, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -36,8 +43,21 @@ def compressed(_name: str, weight: Tensor) -> Made:
     return tensors, matrix.dense().float()
 
 
-ALL = CASES | {"compressed-tensors, 6 bits": (CT, compressed)}
-ALIKE = [case for case in ALL if "beside" not in case]  # every matrix of a block is quantised
+ALL = {
+    **CASES,
+    **SERVED,
+    "compressed-tensors, 6 bits": (CT, compressed),
+    "bitsandbytes nf4": (test_bitsandbytes.NF4, test_bitsandbytes.nf4),
+    "bitsandbytes int8": (test_bitsandbytes.INT8, test_bitsandbytes.int8),
+    "gptq by rules, beside a dense matrix": (test_gptq_kinds.RULES, test_gptq_kinds.by_rule),
+    "exl2": (test_exl2.SECTION, test_exl2.make({"": [6, 4, 3]})),
+    "exl2, each its own": (
+        test_exl2.SECTION,
+        test_exl2.make({"": [5, 4], "v_proj": [8, 4], "down_proj": [4]}),
+    ),
+}
+# The config says all of every matrix of a block.
+ALIKE = [case for case in ALL if "beside" not in case and "exl2" not in case]
 
 
 @pytest.fixture(params=ALL)
@@ -75,8 +95,11 @@ def tensors_of(product: Product) -> Iterator[Tensor]:
         for part in product.products:
             yield from tensors_of(part)
         return
-    assert isinstance(product, (Dense, Quantised))
-    yield from (value for value in vars(product.packed).values() if isinstance(value, Tensor))
+    assert isinstance(product, (Dense, Quantised, Segmented))
+    if isinstance(product, Segmented):
+        yield from [] if product.order is None else [product.order]
+    parts = product.parts if isinstance(product, Segmented) else [product.packed]
+    yield from (value for part in parts for value in vars(part).values() if isinstance(value, Tensor))
 
 
 def test_a_quantised_model_takes_what_the_plan_says(folder: Path) -> None:
@@ -103,3 +126,28 @@ def test_made_up_weights_have_the_kind_that_the_config_says(folder: Path) -> Non
     assert loaded_bytes(made_up) == loaded_bytes(served)
     logits = Paged(made_up, config).step({"a": TOKENS})["a"]
     assert bool(logits.isfinite().all()) and float(logits.std()) > 0
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_a_gguf_file_takes_what_the_plan_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(test_gguf.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    file = test_gguf.write_both(tmp_path, lambda _role: test_gguf.Q[kind])
+    served = test_gguf.load(file).model
+    assert planned_bytes(test_gguf.model_folder(str(file))) == pytest.approx(loaded_bytes(served), rel=0.03)
+
+
+@pytest.mark.parametrize("name", on_load.ON_LOAD)
+def test_a_model_that_is_quantised_while_it_loads_takes_what_the_plan_says(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path)
+    config, device = ModelConfig.from_folder(tmp_path), torch.device("cpu")
+    contents = contents_of(config.raw, tmp_path, stored_tensors(tmp_path), name)
+    model = load_model(Checkpoint(tmp_path), config, device, torch.float32, name)
+    assert weights_bytes(config, contents, 1, on_gpu=False) == pytest.approx(loaded_bytes(model), rel=0.03)
+
+
+def test_every_format_that_is_served_can_be_planned() -> None:
+    assert set(FORMATS) == set(DECLARED)
+    assert set(on_load.ON_LOAD) <= set(ON_LOAD)
+    assert set(DECODERS) == set(GGUF)
