@@ -28,6 +28,7 @@ from tests.checkpoint.tiny_gguf import (
     write_tensors,
 )
 from tests.models.paged import Paged
+from tests.quantization.test_memory import loaded_bytes, planned_bytes
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.checkpoint.gguf_blocks import DECODERS, weight_of_blocks
 from tgi_server.checkpoint.gguf_file import KINDS, OTHER_KINDS
@@ -166,7 +167,15 @@ def test_types_may_differ_in_a_product_and_a_tied_head_is_the_embedding_once_mor
     }
     path = write_both(tmp_path, lambda role: mixed.get(role, Q.Q4_K), tied=True)
     assert torch.equal(logits(path), logits(tmp_path / "dense"))
-    assert load(path).model.embedding.table.dtype == torch.bfloat16
+    served = load(path).model
+    assert served.embedding.table.dtype == torch.bfloat16
+    assert planned_bytes(model_folder(str(path))) == pytest.approx(loaded_bytes(served), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", KINDS_BY_NAME)
+def test_a_file_takes_the_memory_that_the_plan_says(tmp_path: Path, kind: str) -> None:
+    path = write_both(tmp_path, lambda _: Q[kind])
+    assert planned_bytes(model_folder(str(path))) == pytest.approx(loaded_bytes(load(path).model), rel=0.03)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
