@@ -207,8 +207,8 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         "quantize", _MODEL,
-        "give a dense model's matrices fewer bits while it loads: bitsandbytes-nf4, bitsandbytes-fp4, bitsandbytes or "
-        "eetq (both int8). A checkpoint that is quantised says so itself; naming its format here is checked",
+        "give a dense model's matrices fewer bits while it loads: bitsandbytes-nf4, bitsandbytes-fp4, fp8, eetq or "
+        "bitsandbytes (both int8). A checkpoint that is quantised says so itself; naming its format here is checked",
         one_of(*QUANTIZE), others=("quantization", "-q"),
     ),
     Flag(

@@ -173,6 +173,25 @@ def test_modelopts_settings_are_found_in_a_file_of_their_own(tmp_path: Path) -> 
     assert torch.equal(load(tmp_path).step({"a": TOKENS})["a"], expected)
 
 
+# ---- while loading
+
+
+def test_a_dense_model_becomes_float8_while_it_loads_but_for_its_head(tmp_path: Path) -> None:
+    quantised, dense = tmp_path / "quantised", tmp_path / "dense"
+    for folder in (quantised, dense):
+        write_model(folder)
+
+    def make(_name: str, weight: Tensor) -> Made:
+        scales = (weight.abs().amax(1, keepdim=True) / 448).bfloat16().float()
+        codes = (weight / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scales}, weight
+
+    writers.quantise_folder(quantised, FP8, make)
+    want = load(quantised).step({"a": TOKENS})["a"]
+    assert torch.equal(load(dense, "fp8").step({"a": TOKENS})["a"], want)
+    assert torch.equal(load(quantised, "fp8").step({"a": TOKENS})["a"], want), "it is of that format already"
+
+
 # ---- what is refused
 
 FAULTS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], str]] = {

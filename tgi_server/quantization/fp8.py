@@ -50,12 +50,12 @@ class Fp8:
             raise StartupError(f"{where}: quantization is {inner!r}; an object is needed")
         algorithm = choice(inner, "quant_algo", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), "", where)
         _check_lists(inner, where)
-        return cls("modelopt fp8", None, is_static=algorithm == "FP8")
+        return cls("modelopt", None, is_static=algorithm == "FP8")
 
     @property
     def title(self) -> str:
-        block = f" {self.block[0]}×{self.block[1]} blocks" if self.block else ""
-        return f"{self.origin}{block}, activations not rounded"
+        block = f" in blocks of {self.block[0]}×{self.block[1]}" if self.block else ""
+        return f"{self.origin} e4m3{block}, activations not rounded"
 
     @property
     def leaf(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tgi_kernels.quant_weight import QuantWeight, table
 from tgi_server.errors import StartupError
 from tgi_server.quantization.bitsandbytes import Kind
+from tgi_server.quantization.byte_codes import nearest_e4m3
 from tgi_server.quantization.rounding import nearest_codes, round_rows
 from tgi_server.quantization.scheme import Scheme, Tensors, read_as
 
@@ -99,4 +100,5 @@ ON_LOAD: Final[Mapping[str, Scheme]] = {
     "bitsandbytes-nf4": OnLoad("nf4 g64", _four_bits("nf4")),
     "bitsandbytes-fp4": OnLoad("fp4 g64", _four_bits("fp4")),
     "eetq": OnLoad("int8 by rows", round_rows),
+    "fp8": OnLoad("fp8 by rows", nearest_e4m3),
 }

@@ -29,6 +29,8 @@ METHODS: Final[Mapping[str, Kind]] = {
     "nearest": Kind("plain rounding, in GPTQ's layout", _GRID),
     "nf4": Kind("bitsandbytes' NF4 in blocks of 64 with double quantisation; 4.13 bits a weight", {}),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
+    "fp8": Kind("float8 (e4m3) by plain rounding, a scale a row, in compressed-tensors' layout", {}),
+    "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
 }
 
 

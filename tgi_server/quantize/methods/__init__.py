@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod
+from tgi_server.quantize.methods.compressed_tensors import Fp8Method, W8A16Method
 from tgi_server.quantize.methods.gptq import GptqMethod
 from tgi_server.quantize.methods.method import Method
 
@@ -15,6 +16,8 @@ MAKERS: Final[Mapping[str, Callable[[argparse.Namespace], Method]]] = {
     "nearest": GptqMethod.from_arguments,
     "nf4": FourBitMethod.from_arguments,
     "int8": EightBitMethod.from_arguments,
+    "fp8": Fp8Method.from_arguments,
+    "w8a16": W8A16Method.from_arguments,
 }
 
 
