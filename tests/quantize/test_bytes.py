@@ -17,12 +17,11 @@ from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.quantization.byte_codes import nearest_e4m3, nearest_int8
 from tgi_server.quantization.detect import find_scheme
-from tgi_server.quantize.methods.compressed_tensors import Fp8Method
 
 __all__ = ["model"]
 
 METHODS = {
-    "fp8": ["--method", "fp8", "--samples", "4"],
+    "fp8": ["--method", "fp8"],
     "w8a16": ["--method", "w8a16"],
     "w8a16 in groups": ["--method", "w8a16", "--group-size", "32"],
 }
@@ -89,14 +88,3 @@ def test_whole_numbers_are_the_nearest_steps(weight: Tensor, size: int) -> None:
     scales = found.scales.float().repeat_interleave(size, 1)
     assert bool(((dequantise(found, torch.float32) - weight).abs() <= 0.76 * scales).all())
     assert int(found.codes.min()) == 1 and int(found.codes.max()) == 255
-
-
-def test_float8_by_statistics_loses_less_of_the_products_than_the_nearest(weight: Tensor) -> None:
-    generator = torch.Generator().manual_seed(2)
-    mixed = torch.randn(500, 24, generator=generator) @ torch.randn(24, 192, generator=generator)
-    inputs = (mixed + 0.3 * torch.randn(500, 192, generator=generator)) * torch.linspace(0.05, 3, 192)
-    inputs[:, 7:9] = 0
-    stored = Fp8Method().quantise({"a": weight[:20].clone(), "b": weight[20:].clone()}, inputs.T @ inputs)
-    found = torch.cat([stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"] for name in "ab"])
-    plain = dequantise(nearest_e4m3(weight), torch.float32)
-    assert float((inputs @ (found - weight).T).norm()) < 0.3 * float((inputs @ (plain - weight).T).norm())

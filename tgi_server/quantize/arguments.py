@@ -35,7 +35,7 @@ METHODS: Final[Mapping[str, Kind]] = {
         "bitsandbytes' NF4 with double quantisation, 4.13 bits a weight, by GPTQ's way", {"samples": 128}
     ),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
-    "fp8": Kind("float8 (e4m3) by statistics, a scale a row, in compressed-tensors' layout", _STATISTICS),
+    "fp8": Kind("float8 (e4m3) by plain rounding, a scale a row, in compressed-tensors' layout", {}),
     "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
     "exl2": Kind(
         "EXL2: the bits that are asked for on average, most where they pay most",

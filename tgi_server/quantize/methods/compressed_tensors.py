@@ -1,30 +1,25 @@
-"""compressed-tensors' layouts of 8 bits: float8 by the inputs' statistics ("fp8"), rounded whole numbers ("w8a16")."""
+"""compressed-tensors' layouts of 8 bits, by plain rounding: float8 ("fp8") and whole numbers ("w8a16")."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgi_kernels.quant_weight import table
-from tgi_server.quantization.byte_codes import nearest_int8
+from tgi_server.quantization.byte_codes import nearest_e4m3, nearest_int8
 from tgi_server.quantization.compressed_tensors import CompressedTensors
 from tgi_server.quantization.scheme import group_count, pack_stream
-from tgi_server.quantize.solve import Solution
-from tgi_server.quantize.table_grid import TableGrid
-
-_DOWN: Final = 256.0  # brings float8's numbers, up to 448, near to 1
 
 
 @dataclass(frozen=True)
 class Fp8Method:
     """A scale a row; other engines round activations as well, to a scale a token."""
 
-    needs_statistics = True
+    needs_statistics = False
 
     @classmethod
     def from_arguments(cls, _args: argparse.Namespace) -> Fp8Method:
@@ -38,22 +33,12 @@ class Fp8Method:
         """Any number of columns will do."""
 
     def quantise(self, matrices: Mapping[str, Tensor], hessian: Tensor | None) -> dict[str, Tensor]:
-        weight = torch.cat(list(matrices.values()))
-        columns = weight.shape[1]
-        inputs = torch.eye(columns) if hessian is None else hessian
-        numbers = table("e4m3") / _DOWN
-        grid = TableGrid(numbers[numbers.isfinite()].unique(), columns)
-        solution = Solution(weight, inputs, inputs.diagonal().argsort(descending=True), grid)
-        solution.improve()
-        # Other readers round scales to bfloat16. Codes are the best beside them as they are stored.
-        scales = (solution.scales / _DOWN).bfloat16()
-        solution.scales = scales.float() * _DOWN
-        solution.descend()
-        codes = (solution.codes * _DOWN).to(torch.float8_e4m3fn)
-        rows = [len(matrix) for matrix in matrices.values()]
+        del hessian
         tensors: dict[str, Tensor] = {}
-        for name, own, scale in zip(matrices, codes.split(rows), scales.split(rows), strict=True):
-            tensors |= {f"{name}.weight": own, f"{name}.weight_scale": scale}
+        for name, matrix in matrices.items():
+            found = nearest_e4m3(matrix)
+            tensors[f"{name}.weight"] = found.codes.view(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale"] = found.scales.bfloat16()
         return tensors
 
     def section(self) -> dict[str, object]:
