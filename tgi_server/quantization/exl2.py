@@ -97,6 +97,14 @@ class Exl2:
         return Segments(tuple(parts), order)
 
 
+def scales_of(fine: Tensor, largest: Tensor) -> Tensor:
+    """Scales in float16, of their shape: fine² · (largest / 256), where both products are rounded.
+
+    fine: [rows, groups], 1 to 16. largest: [groups] float16.
+    """
+    return (fine.int() * fine.int()).half() * (largest / 256)
+
+
 def read_runs(tensors: Tensors, name: str, in_features: int) -> list[Run]:
     """What q_groups says, checked against the matrix's number of columns and itself."""
     leaf = f"{name}.q_groups"
@@ -153,17 +161,16 @@ def _words(tensors: Tensors, name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def _scales(tensors: Tensors, name: str, groups: int, width: int) -> Tensor:
-    """[width, groups] float16."""
+    """[width, groups] float16. Raises StartupError for what float16 cannot hold."""
     packed = read_as(tensors, f"{name}.q_scale", (groups, width // 8), torch.int32)
     largest = read_scales(tensors, f"{name}.q_scale_max", (groups,)).half()
-    fine = unpack_stream(packed, 4, width).int() + 1
-    scales: Tensor = (fine * fine).half() * (largest / 256).unsqueeze(1)
+    scales = scales_of(unpack_stream(packed, 4, width).T + 1, largest)
     if bad := int((~scales.isfinite()).sum()):
         raise StartupError(
             f"{tensors.folder}: {bad} of {scales.numel()} scales of {name} leave float16's range; q_scale_max goes "
             f"up to {float(largest.max()):g}"
         )
-    return scales.T
+    return scales
 
 
 def _part(words: Tensor, scales: Tensor, run: Run) -> QuantWeight:

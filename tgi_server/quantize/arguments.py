@@ -29,6 +29,10 @@ METHODS: Final[Mapping[str, Kind]] = {
     "nearest": Kind("plain rounding, in GPTQ's layout", _GRID),
     "nf4": Kind("bitsandbytes' NF4 in blocks of 64 with double quantisation; 4.13 bits a weight", {}),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
+    "exl2": Kind(
+        "EXL2: the bits that are asked for on average, most where they pay most",
+        {"bits": 4.0, "samples": 128},
+    ),
 }
 
 

@@ -24,10 +24,12 @@ from tgi_server.quantize.forward import Forward
 from tgi_server.quantize.methods.method import Method
 from tgi_server.quantize.observe import Statistics, Walk
 from tgi_server.quantize.progress import Progress
+from tgi_server.quantize.survey import Plans, Survey
 from tgi_server.quantize.text import windows
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
-_REST = "rest"
+_REST, _PLAN = "rest", "plan"
+_SURVEYED = 4  # one piece of text in so many is enough for a survey, which is after shares of errors
 
 
 class Job:
@@ -56,6 +58,8 @@ class Job:
         """Every layer that is not there yet, then what is not quantised, then the config."""
         progress = Progress(len(self._layers))
         missing = [layer for layer in self._layers if not self._out.has(layer)]
+        if isinstance(self._method, Plans) and missing:
+            self._method.plan = self._planned(self._method, progress)
         walk = self._walk(progress) if self._method.needs_statistics and missing else None
         for index, layer in enumerate(self._layers):
             if self._out.has(layer):
@@ -73,9 +77,20 @@ class Job:
         self._out.save(_REST, self._rest())
         self._out.finish([*self._layers, _REST], self._method.section())
 
-    def _walk(self, progress: Progress) -> Walk:
+    def _planned(self, method: Plans, progress: Progress) -> dict[str, Tensor]:
+        """What the method measures, once for all runs."""
+        if not self._out.has(_PLAN):
+            texts = self._texts(-(-self._args.samples // _SURVEYED))
+            progress.say("measuring what each matrix means to the answers")
+            self._out.save(_PLAN, method.measure(Survey(self._forward, self._layers, self._weights, texts)))
+        return self._out.load(_PLAN)
+
+    def _texts(self, samples: int) -> list[Tensor]:
         args = self._args
-        texts = windows(self._source, args.text, args.samples, args.length, held_back=False)
+        return windows(self._source, args.text, samples, args.length, held_back=False)
+
+    def _walk(self, progress: Progress) -> Walk:
+        texts = self._texts(self._args.samples)
         progress.say(f"reading {sum(map(len, texts))} tokens, layer by layer")
         return Walk(self._forward, texts)
 

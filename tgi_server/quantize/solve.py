@@ -83,7 +83,7 @@ class _Solution:
         self._weight, self._bits = weight, grid.bits
         self._hessian = _damped(hessian, weight)
         self.group_of = torch.arange(weight.shape[1]) // grid.size(weight.shape[1])
-        spread = _spread(self._hessian[order][:, order])
+        spread = spread_of(self._hessian[order][:, order])
         importance = torch.empty(len(order))
         importance[order] = spread.diagonal() ** -2  # what an error costs that later columns make up for
         self.scales, self.zeros = fit(weight, grid, importance)
@@ -160,8 +160,8 @@ def _damped(hessian: Tensor, weight: Tensor) -> Tensor:
     return damped.float()
 
 
-def _spread(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse."""
+def spread_of(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of a damped hessian, [in, in] float32."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()

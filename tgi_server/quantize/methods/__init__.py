@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod
+from tgi_server.quantize.methods.exl2 import Exl2Method
 from tgi_server.quantize.methods.gptq import GptqMethod
 from tgi_server.quantize.methods.method import Method
 
@@ -15,6 +16,7 @@ MAKERS: Final[Mapping[str, Callable[[argparse.Namespace], Method]]] = {
     "nearest": GptqMethod.from_arguments,
     "nf4": FourBitMethod.from_arguments,
     "int8": EightBitMethod.from_arguments,
+    "exl2": Exl2Method.from_arguments,
 }
 
 
