@@ -52,20 +52,15 @@ def quant_linear(
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
     if isinstance(packed, PackedCuda):
-        if gate is not None:
-            return GATED[gate](quant_matmul(x, packed, bias), out)
-        return quant_matmul(x, packed, bias, residual=residual, out=out)
+        product = quant_matmul(x, packed, bias, residual=residual, out=out if gate is None else None)
+        return product if gate is None else GATED[gate](product, out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
-    width = packed.out_features
-    if gate is not None:
-        if width % 2:
-            raise ValueError(f"the product has {width} columns; gate and up side by side make an even number")
-        width //= 2
+    width = packed.out_features if gate is None else _half(packed.out_features)
     if out is None:
         out = torch.empty((x.shape[0], width), dtype=torch.float32)
     elif out.shape[-1] != width:
-        check_shape("out", out, (x.shape[0], width))
+        _check_out(out, x, width)
     try:
         ops.quant_linear(
             x,
@@ -84,11 +79,21 @@ def quant_linear(
         )
     except RuntimeError:
         _check(x, packed, bias, residual)
-        check_shape("out", out, (x.shape[0], width))
-        check_alike("out", out, "x", x)
-        check_contiguous("out", out)
+        _check_out(out, x, width)
         raise
     return out
+
+
+def _half(columns: int) -> int:
+    if columns % 2:
+        raise ValueError(f"the product has {columns} columns; gate and up side by side make an even number")
+    return columns // 2
+
+
+def _check_out(out: Tensor, x: Tensor, width: int) -> None:
+    check_shape("out", out, (x.shape[0], width))
+    check_alike("out", out, "x", x)
+    check_contiguous("out", out)
 
 
 def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None, residual: Tensor | None) -> None:
