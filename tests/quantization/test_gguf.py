@@ -28,7 +28,7 @@ from tests.checkpoint.tiny_gguf import (
     write_tensors,
 )
 from tests.models.paged import Paged
-from tests.quantization.test_memory import loaded_bytes, planned_bytes
+from tests.quantization.memory import loaded_bytes, planned_bytes
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.checkpoint.gguf_blocks import DECODERS, weight_of_blocks
 from tgi_server.checkpoint.gguf_file import KINDS, OTHER_KINDS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.models.paged import Paged
-from tests.quantization import test_bitsandbytes, test_exl2, test_gguf, test_gptq_kinds, writers
+from tests.quantization import test_bitsandbytes, test_exl2, test_gptq_kinds, writers
+from tests.quantization.memory import loaded_bytes, planned_bytes, products_of
 from tests.quantization.test_eight_bit import SERVED
 from tests.quantization.test_served import CASES, TOKENS, Made, load, write_model
 from tgi_server.checkpoint.dummy import DummyCheckpoint
@@ -19,11 +19,7 @@ from tgi_server.checkpoint.gguf_blocks import DECODERS
 from tgi_server.checkpoint.headers import stored_tensors
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
-from tgi_server.layers.linear import Linear
-from tgi_server.layers.product import Dense, Product, Quantised, SideBySide
-from tgi_server.layers.segmented import Segmented
 from tgi_server.models import load_model
-from tgi_server.models.decoder import Decoder
 from tgi_server.quantization import on_load
 from tgi_server.quantization.contents import contents_of
 from tgi_server.quantization.declared import DECLARED, GGUF, ON_LOAD
@@ -72,36 +68,6 @@ def folder(tmp_path: Path, case: str) -> Path:
     return tmp_path
 
 
-def planned_bytes(folder: Path, *, on_gpu: bool = False, with_headers: bool = True) -> int:
-    config = ModelConfig.from_folder(folder)
-    tensors = stored_tensors(folder) if with_headers else {}
-    return weights_bytes(config, contents_of(config.raw, folder, tensors), 1, on_gpu=on_gpu)
-
-
-def loaded_bytes(model: Decoder) -> int:
-    """Of embedding, products and norms."""
-    parameters = [model.embedding.table, model.norm.weight]
-    parameters += [norm.weight for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
-    held = [tensor for product in products_of(model) for tensor in tensors_of(product)]
-    return sum(tensor.nbytes for tensor in [*parameters, *held])
-
-
-def products_of(model: Decoder) -> list[Product]:
-    return [layer.product for layer in model.modules() if isinstance(layer, Linear)]
-
-
-def tensors_of(product: Product) -> Iterator[Tensor]:
-    if isinstance(product, SideBySide):
-        for part in product.products:
-            yield from tensors_of(part)
-        return
-    assert isinstance(product, (Dense, Quantised, Segmented))
-    if isinstance(product, Segmented):
-        yield from [] if product.order is None else [product.order]
-    parts = product.parts if isinstance(product, Segmented) else [product.packed]
-    yield from (value for part in parts for value in vars(part).values() if isinstance(value, Tensor))
-
-
 def test_a_quantised_model_takes_what_the_plan_says(folder: Path) -> None:
     assert planned_bytes(folder) == pytest.approx(loaded_bytes(load(folder).model), rel=0.03)
 
@@ -126,16 +92,6 @@ def test_made_up_weights_have_the_kind_that_the_config_says(folder: Path) -> Non
     assert loaded_bytes(made_up) == loaded_bytes(served)
     logits = Paged(made_up, config).step({"a": TOKENS})["a"]
     assert bool(logits.isfinite().all()) and float(logits.std()) > 0
-
-
-@pytest.mark.parametrize("kind", GGUF)
-def test_a_gguf_file_takes_what_the_plan_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(test_gguf.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    file = test_gguf.write_both(tmp_path, lambda _role: test_gguf.Q[kind])
-    served = test_gguf.load(file).model
-    assert planned_bytes(test_gguf.model_folder(str(file))) == pytest.approx(loaded_bytes(served), rel=0.03)
 
 
 @pytest.mark.parametrize("name", on_load.ON_LOAD)
