@@ -72,6 +72,7 @@ def test_what_is_written_is_served(
     out = tmp_path / "out"
     assert quantize(model, out, *more) == 0
     assert "verdict: " in capsys.readouterr().out
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in out.iterdir()), "others may read it"
     assert {path.name for path in out.iterdir()} >= {
         "config.json",
         "tokenizer.json",
