@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,12 @@ from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cuda import has_fused_product
 from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
+from tgi_server.layers.ending import Ending
 from tgi_server.layers.segmented import Segmented
 from tgi_server.layers.weights import Weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Product(Protocol):
@@ -23,19 +27,8 @@ class Product(Protocol):
 
     kind: str
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """y = x · Wᵀ + bias; then residual + y, or act(first half of y) · second half; in x's type: `out`, if given.
-
-        x: [tokens, in_features]; bias: [out_features]; residual: [tokens, out_features], may be out.
-        """
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        """y = x · Wᵀ + bias, and what `Ending` says. x: [tokens, in_features]; bias: [out_features]."""
 
 
 class Dense:
@@ -53,16 +46,8 @@ class Dense:
         self.kind = f"{of} · widened at load to {name}" if of else f"{name} · dense"
         self.packed = pack_linear(matrix)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return linear(x, self.packed, bias, **ending)
 
 
 class Quantised:
@@ -73,16 +58,8 @@ class Quantised:
         self.kind = f"{_format(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
         self.packed = pack_quant(matrix, weights.dtype)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return quant_linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return quant_linear(x, self.packed, bias, **ending)
 
 
 class SideBySide:
@@ -93,20 +70,10 @@ class SideBySide:
         self.outs = list(outs)
         self.kind = " + ".join(dict.fromkeys(product.kind for product in products))
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         biases = [None] * len(self.outs) if bias is None else bias.split_with_sizes(self.outs)
         parts = [product(x, part) for product, part in zip(self.products, biases, strict=True)]
-        if residual is None and gate is None:
-            return torch.cat(parts, 1, out=out)
-        return _finished(torch.cat(parts, 1), residual, gate, out)
+        return _finished(parts, **ending)
 
 
 def load_product(weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> Product:
@@ -124,11 +91,18 @@ def load_product(weights: Weights, names: Sequence[str], in_features: int, outs:
     return products[0] if len(products) == 1 else SideBySide(products, widths)
 
 
-def _finished(y: Tensor, residual: Tensor | None, gate: Gate | None, out: Tensor | None) -> Tensor:
-    """The steps after a product that has no kernel with them."""
+def _finished(
+    parts: list[Tensor],
+    residual: Tensor | None = None,
+    gate: Gate | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The steps after products that have no kernel with them."""
     if gate is not None:
-        return GATED[gate](y, out)
-    return y if residual is None else torch.add(residual, y, out=out)
+        return GATED[gate](torch.cat(parts, 1), out)
+    if residual is None:
+        return torch.cat(parts, 1, out=out)
+    return torch.add(residual, torch.cat(parts, 1), out=out)
 
 
 def _product(weights: Weights, run: Sequence[Tensor | QuantWeight | Segments]) -> Product:

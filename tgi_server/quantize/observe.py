@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tgi_kernels.activation import Gate
+from tgi_server.layers.ending import Ending
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.product import Product
 from tgi_server.quantize.forward import Forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Walk:
@@ -42,17 +46,9 @@ class _Observer:
         self.product, self.kind = product, product.kind
         self.hessian = torch.zeros(in_features, in_features)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         self.hessian.addmm_(x.T, x)
-        return self.product(x, bias, residual=residual, gate=gate, out=out)
+        return self.product(x, bias, **ending)
 
 
 @contextmanager
