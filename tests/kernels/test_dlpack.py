@@ -115,7 +115,7 @@ _NOT_OPS = {
     "fits_cpu", "has_fused_product",
     "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
-_NO_OPS_IN = {"quant_weight", "quant_segments"}  # weights before they are packed
+_NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
 
 
 def public_ops() -> dict[str, Callable[..., Any]]:
