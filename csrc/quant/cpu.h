@@ -174,17 +174,20 @@ TGI_INLINE void quant_linear_block(const QuantLinearParams& p, int64_t token, in
   const LinearParams& product = p.product;
   const CodeKernels kernels = kernels_of(p.weight);
   const Tiling tiling(rows);
-  const float* tiles = product.tiles;
-  if (rows == 1) {
-    tiles = product.x + token * product.x_stride;
-  } else {
-    parallel_for(tiling.tiles, [&](int64_t tile) {
-      interleave(product.x + (token + tiling.first(tile)) * product.x_stride, product.x_stride,
-                 tiling.size(tile), product.in_features,
-                 product.tiles + tiling.first(tile) * product.in_features);
-    });
-  }
   const int64_t panels = (product.out_features + kPanel - 1) / kPanel;
+  if (rows == 1) {
+    parallel_for_neighbours(panels, [&](int64_t index) {
+      alignas(64) float sums[kPanel];
+      kernels.row({p.weight, product.in_features, index}, product.x + token * product.x_stride, sums);
+      finish_rows(product, index, token, 1, sums);
+    });
+    return;
+  }
+  parallel_for(tiling.tiles, [&](int64_t tile) {
+    interleave(product.x + (token + tiling.first(tile)) * product.x_stride, product.x_stride,
+               tiling.size(tile), product.in_features,
+               product.tiles + tiling.first(tile) * product.in_features);
+  });
   // A panel that is cut among threads is widened by each of them.
   const int64_t wanted = (4 * num_threads() + panels - 1) / panels;
   const int64_t groups = wanted < tiling.tiles ? wanted : tiling.tiles;
@@ -193,11 +196,7 @@ TGI_INLINE void quant_linear_block(const QuantLinearParams& p, int64_t token, in
     const int64_t first = tiling.tiles * group / groups, last = tiling.tiles * (group + 1) / groups;
     alignas(64) float sums[kRowBlock * kPanel];
     const QuantPanel panel{p.weight, product.in_features, index};
-    if (rows == 1) {
-      kernels.row(panel, tiles, sums);
-    } else {
-      multiply_quant_panel(kernels, panel, tiling, tiles, first, last, sums);
-    }
+    multiply_quant_panel(kernels, panel, tiling, product.tiles, first, last, sums);
     finish_rows(product, index, token + tiling.first(first), tiling.first(last) - tiling.first(first), sums);
   });
 }
