@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.quantization import writers
+from tests.quantization.held import Held, read
 from tests.quantization.make_bitsandbytes import CASES, FILE, digest, made
-from tests.quantization.test_formats import Held, weight_of
+from tests.quantization.test_formats import weight_of
 from tests.quantization.test_served import TOKENS, load, write_model
-from tgi_kernels.quant_weight import QuantWeight, dequantise, table
+from tgi_kernels.quant_weight import dequantise, table
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import scheme_of
 from tgi_server.quantization.on_load import ON_LOAD, chosen_scheme
@@ -44,14 +45,6 @@ def section_of(case: str) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": double,
         "bnb_4bit_quant_storage": storage,
     }
-
-
-def read(section: dict[str, Any], tensors: dict[str, Tensor], rows: int, columns: int) -> QuantWeight:
-    scheme = scheme_of({"quantization_config": section}, Path("model"))
-    assert scheme is not None
-    held = Held({f"m.{leaf}": tensor for leaf, tensor in tensors.items()})
-    assert scheme.covers(held, "m")
-    return scheme.read(held, "m", rows, columns)
 
 
 @pytest.mark.parametrize("case", CASES)
