@@ -202,18 +202,26 @@ def bench_host(report: Report) -> None:
     report.add("host", case, sum(parts.values()), metric="time", unit="ms", baselines=parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options of benchmarks in one process."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--isa", choices=cpu.available_isas(), default=cpu.isa())
     parser.add_argument("--threads", type=int, default=cpu.num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args()
-    cpu.set_isa(args.isa)
-    cpu.set_num_threads(args.threads)
-    torch.set_num_threads(args.threads)
+    return parser
+
+
+def use(isa: str, threads: int) -> None:
+    """Compute with these from now on."""
+    cpu.set_isa(isa)
+    cpu.set_num_threads(threads)
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    args = parser_of(__doc__).parse_args()
+    use(args.isa, args.threads)
     report = Report(cpu_name(), csrc_sha256())
     read, flops = read_roof(), matmul_roof()
     report.add("roof", "read", read / 1e9, metric="rate", unit="GB/s", better="higher")

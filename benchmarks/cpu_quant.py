@@ -8,7 +8,6 @@ in the blocks of GGUF with the head in Q8_0, as llama.cpp's own Q4_1 files have 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -23,9 +22,8 @@ from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.cpu import NEW_TOKENS, PROMPT_TOKENS, Engine, read_roof, weight_bytes
-from benchmarks.harness import ROOT, Report, cpu_name, csrc_sha256
-from tgi_kernels import cpu
+from benchmarks.cpu import NEW_TOKENS, PROMPT_TOKENS, Engine, parser_of, read_roof, use, weight_bytes
+from benchmarks.harness import Report, cpu_name, csrc_sha256
 
 TRIES = 3  # of each figure, formats in turns: what slows the machine for a while slows them all
 
@@ -107,18 +105,10 @@ def add(report: Report, all_figures: list[Figures], model: str, read: float) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
+    parser = parser_of(__doc__)
     parser.add_argument("--gptq", type=Path, help="the same model, quantised by `tgi-server quantize`")
-    parser.add_argument("--isa", choices=cpu.available_isas(), default=cpu.isa())
-    parser.add_argument("--threads", type=int, default=cpu.num_threads())
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    cpu.set_isa(args.isa)
-    cpu.set_num_threads(args.threads)
-    torch.set_num_threads(args.threads)
+    use(args.isa, args.threads)
     report = Report(cpu_name(), csrc_sha256())
     read = read_roof()
     with tempfile.TemporaryDirectory() as folder:
