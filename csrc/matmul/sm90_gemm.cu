@@ -24,14 +24,16 @@ float clocks(const MatmulParams& p, const Choice& c, int sms) {
 }
 
 // The tile that takes the least. Two tiles of 64 tokens share their weights: 128 tokens, 4096 → 4096 13.5 →
-// 13.0 µs, 14336 → 4096 38.5 → 36.1; others gain nothing by it (docs/kernels/gemm.md).
+// 13.0 µs, 14336 → 4096 38.5 → 36.1. So do pairs of large ones where power decides: 8192 tokens, 4096 → 4096
+// 437 → 432 µs, 4096 → 28672 2845 → 2822. Others gain nothing by it (docs/kernels/gemm.md).
 Choice choose(const MatmulParams& p, int sms) {
   constexpr Choice kTiles[] = {{1, 32, 1},  {1, 64, 1},  {1, 96, 1},  {1, 128, 1}, {1, 192, 1}, {1, 224, 1},
                                {2, 128, 1}, {2, 160, 1}, {2, 192, 1}, {2, 224, 1}, {2, 256, 1}};
   Choice best{};
   float least = 0;
   for (Choice c : kTiles) {
-    if (c.warpgroups == 1 && tiles_of(p.tokens, 64) == 2) c.peers = 2;
+    const int token_tiles = tiles_of(p.tokens, 64 * c.warpgroups);
+    if (c.warpgroups == 1 ? token_tiles == 2 : token_tiles >= 8 && token_tiles % 2 == 0) c.peers = 2;
     const float taken = clocks(p, c, sms);
     if (best.columns == 0 || taken < least) best = c, least = taken;
   }

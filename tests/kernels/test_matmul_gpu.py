@@ -102,7 +102,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch_and_are_those_of_cublas(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 40, 65, 100, 129, 200, 257, 513])
+@pytest.mark.parametrize("tokens", [1, 40, 65, 100, 129, 200, 257, 513, 1000])
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(4096, 1024), (77, 64), (1000, 136), (6144, 72), (28672, 64)]
 )
