@@ -22,7 +22,7 @@ from tgi_kernels.quant_weight import QuantWeight
 register_fakes("quantise_e4m3", "fp8_matmul")
 
 BLOCK = 128  # rows and columns that share a scale, where not whole rows do
-_VECTOR = 16  # codes, in bytes, that the copy engine's rows are multiples of
+_VECTOR, _SCALES = 16, 4  # codes and scales that the copy engine takes at least: 16 bytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def quantise_e4m3(
     x: [tokens, columns], float16 or bfloat16 on a Hopper GPU; columns: a multiple of 16. fixed: [1] float32, the
     scale of all; else a scale a token, or with in_blocks one for each 128 columns, such that the largest number
     becomes 448; larger ones than `bound` count as that.
-    Returns codes [tokens, columns] uint8 and scales float32, [tokens] or [⌈columns / 128⌉, tokens].
+    Returns codes [tokens, columns] uint8 and scales float32, [tokens] or [⌈columns / 128⌉, tokens], the rows of the
+    latter filled up to whole vectors of 4.
     Raises ValueError for dtypes and shapes that do not fit.
     """
     check_shape("x", x, ("tokens", "columns"))
@@ -124,7 +125,7 @@ def quantise_e4m3(
         raise ValueError(f"x has {columns} columns; a multiple of {_VECTOR} is needed")
     if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != 1:
         x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    shape = (-(-columns // BLOCK), tokens) if in_blocks else (tokens,)
+    shape = (-(-columns // BLOCK), -(-tokens // _SCALES) * _SCALES) if in_blocks else (tokens,)
     codes = torch.empty((tokens, columns), dtype=torch.uint8, device=x.device)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     ops.quantise_e4m3(x, fixed, bound, in_blocks, codes, scales)
@@ -147,8 +148,8 @@ def fp8_matmul(
     """y = (x · x_scales) · (weight · weight_scales)ᵀ + bias; then residual + y, or act(first half of y) · second half.
 
     x: [tokens, in_features], weight: [out_features, in_features]: codes of float8 as uint8, rows of whole 16 bytes.
-    x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [⌈in_features / 128⌉, tokens]
-    and [out_features / 128, ⌈in_features / 128⌉]. bias, residual and out, of `dtype`, as in `fp8_linear`.
+    x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [⌈in_features / 128⌉, tokens and
+    more, a multiple of 4] and [out_features / 128, ⌈in_features / 128⌉]. bias, residual and out, of `dtype`, as in `fp8_linear`.
     Each step after the sums is rounded as the separate ops round it. Raises ValueError for what does not fit.
     """
     check_shape("x", x, ("tokens", "in_features"))

@@ -1,4 +1,5 @@
-// Hopper's warpgroup products into fp32, m64nNk16 of 16-bit operands and m64nNk32 of e4m3. PTX ISA 8.7, section 9.7.15.
+// Hopper's warpgroup products into fp32, m64nNk16 of 16-bit operands and m64nNk32 of e4m3. PTX ISA 8.7,
+// section 9.7.15.
 //
 // A thread's accumulators: element 4j + e is of row 16·warp + g + 8·(e / 2), column 8j + 2t + e % 2, with g =
 // lane / 4 and t = lane % 4. A from registers is four words a step, laid out as for mma.sync.
@@ -83,12 +84,12 @@ __device__ __forceinline__ void products_hold(float (&d)[kCount]) {
                : __VA_ARGS__                                                                              \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
-#define TGI_PRODUCT_E4M3(N, NAMES, A, B, ADD, ...)                                                   \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                             \
-               ", 0;\n"                                                                             \
-               "wgmma.mma_async.sync.aligned.m64n" N "k32.f32.e4m3.e4m3 {" NAMES "}, %" A ", %" B   \
-               ", p, 1, 1;\n}"                                                                      \
-               : __VA_ARGS__                                                                        \
+#define TGI_PRODUCT_E4M3(N, NAMES, A, B, ADD, ...)                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                           \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" N "k32.f32.e4m3.e4m3 {" NAMES "}, %" A ", %" B \
+               ", p, 1, 1;\n}"                                                                    \
+               : __VA_ARGS__                                                                      \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
 // The product of 64 rows of `a` with N rows of `b`; a thread has N / 2 accumulators.

@@ -15,20 +15,20 @@ constexpr int kFp8Block = 128;
 
 // codes = x / scale in e4m3, the nearest and at most ±448. Strides are in elements, rows are contiguous.
 struct QuantiseParams {
-  void* codes;        // [tokens, columns] e4m3
-  float* scales;      // [tokens], or [⌈columns / 128⌉, tokens] in blocks
-  const void* x;      // [tokens, columns]
+  void* codes;         // [tokens, columns] e4m3
+  float* scales;       // [tokens], or [⌈columns / 128⌉, tokens] in blocks, rows scale_stride apart
+  const void* x;       // [tokens, columns]
   const float* fixed;  // the one scale of all, or null: the largest number of a row, or block, becomes 448
   int tokens, columns;
-  int64_t code_stride, x_stride;
+  int64_t code_stride, x_stride, scale_stride;
   float bound;  // larger numbers count as this one
   bool in_blocks;
 };
 
 cudaError_t quantise_e4m3(const QuantiseParams& params, DType dtype, cudaStream_t stream);
 
-// y = (x · weightᵀ with its scales) + bias, then either residual + y or act(gate) · up over the halves of y, each
-// step rounded to the dtype of out. Strides are in elements, inner dimensions are contiguous.
+// y = (x · weightᵀ with its scales) + bias, then either residual + y or act(gate) · up over the halves of y,
+// each step rounded to the dtype of out. Strides are in elements, inner dimensions are contiguous.
 struct Fp8Params {
   void* out;                   // [tokens, out_features], or [tokens, out_features / 2] when gated
   const void* x;               // [tokens, in_features] e4m3
@@ -38,15 +38,16 @@ struct Fp8Params {
   const void* bias;            // [out_features] or null
   const void* residual;        // like out, or null; may be out itself
   int tokens, in_features, out_features;
+  int x_scale_stride;  // in blocks: a multiple of 4
   int64_t out_stride, x_stride, weight_stride, residual_stride;
   bool in_blocks;
   bool is_gated;
   Activation activation;  // of the gate
-  int tile;  // EXPERIMENT
+  int tile;               // EXPERIMENT
 };
 
-// Needs x and weight at 16 bytes, with strides and in_features of whole 16 bytes; in blocks also whole blocks of
-// features, of gate and up each.
+// Needs x and weight at 16 bytes, with strides and in_features of whole 16 bytes; in blocks also whole blocks
+// of features, of gate and up each.
 cudaError_t fp8_matmul(const Fp8Params& params, DType dtype, cudaStream_t stream);
 
 }  // namespace tgi

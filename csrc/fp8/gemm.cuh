@@ -1,12 +1,14 @@
-// Matrix product of e4m3 numbers for Hopper: y = x · weightᵀ with scales, K walked in order. docs/kernels/fp8_gemm.md.
+// Matrix product of e4m3 numbers for Hopper: y = x · weightᵀ with scales, K walked in order.
+// docs/kernels/fp8_gemm.md.
 //
-// The tensor cores' sums of e4m3 keep some 14 bits, so they sum 128 columns and fp32 registers take over: one sum
-// an output, chunk by chunk in ascending order, whatever the tile. A token's bits depend on its own row alone.
+// The tensor cores' sums of e4m3 keep some 14 bits, so they sum 128 columns and fp32 registers take over: one
+// sum an output, chunk by chunk in ascending order, whatever the tile. A token's bits depend on its own row
+// alone.
 //
 //   a thread for weights:    | wait slot → copy | …
 //   a thread for x:          | wait for the previous kernel | wait slot → copy | …
-//   each warpgroup:          | wait slot → 64 tokens × a part of the columns, one chunk → add to totals | … | stage
-//   | a warp for each of them: | wait staged → residual or gate → memory → free the stage | …
+//   each warpgroup:          | wait slot → 64 tokens × a part of the columns, one chunk → add to totals | … |
+//   stage | a warp for each of them: | wait staged → residual or gate → memory → free the stage | …
 #pragma once
 
 #include "activation/gated.cuh"
@@ -35,34 +37,41 @@ struct Schedule {
   bool aligned;  // out and residual: 16 bytes everywhere
 };
 
-// A tile: tokens of kWarpgroups · 64, columns in kParts parts that are multiplied one after another, so that the
-// tensor cores' sums take few registers beside the totals. kBuffers = 2: one part is summed while the one before is
-// added to its totals; with 1 the other warpgroup's products fill that time. kChunks: of a stage.
+// A tile: tokens of kWarpgroups · 64, columns in kParts parts that are multiplied one after another, so that
+// the tensor cores' sums take few registers beside the totals. kBuffers = 2: one part is summed while the one
+// before is added to its totals; with 1 the other warpgroup's products fill that time. kChunks: of a stage.
 template <int kWarpgroups_, int kParts_, int kPart_, int kBuffers_, int kChunks_>
 struct Tile {
   static constexpr int kWarpgroups = kWarpgroups_, kParts = kParts_, kPart = kPart_, kBuffers = kBuffers_;
   static constexpr int kChunks = kChunks_, kTokens = 64 * kWarpgroups, kColumns = kParts * kPart;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // Of two warpgroups that sum, and of the four warps beside them: 504 · 128 together.
+  static constexpr int kSumRegisters = kColumns > 192 ? 224 : 216, kOtherRegisters = 504 - 2 * kSumRegisters;
   static constexpr int kXChunk = kTokens * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
-  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk);
+  // Scales of a chunk of x: a tile's tokens need not start at a whole vector of them.
+  static constexpr int kScales = kTokens + 4, kScaleChunk = kScales * 4;
+  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk + kScaleChunk);
+  // Scale and bias of each column, for each warpgroup, of a tile and the next.
+  static constexpr int kColumnBytes = 2 * kWarpgroups * kColumns * static_cast<int>(sizeof(float2));
   // Results leave through shared memory; 16 bytes between rows keep both sides free of bank conflicts.
   static constexpr int kStagedRow = kColumns * 2 + 16, kStagedBytes = kTokens * kStagedRow;
   static constexpr int kSharedBytes = 227 * 1024;
-  static constexpr int kFitting = (kSharedBytes - kHeaderBytes - kStagedBytes) / kStageBytes;
+  static constexpr int kFitting = (kSharedBytes - kHeaderBytes - kStagedBytes - kColumnBytes) / kStageBytes;
   static constexpr int kStages = kFitting < kMaxStages ? kFitting : kMaxStages;
-  static constexpr int kUsedBytes = kHeaderBytes + kStages * kStageBytes + kStagedBytes;
+  static constexpr int kUsedBytes = kHeaderBytes + kStages * kStageBytes + kStagedBytes + kColumnBytes;
 };
 
-// Where a tile begins. The last ones reach back into their neighbours where that keeps them inside the matrix, for
-// the copy engine is slow outside: `first_token` and `first_feature` are the first of their own. Blocks have their
-// scales at fixed columns, so no tile of theirs moves along features.
+// Where a tile begins. The last ones reach back into their neighbours where that keeps them inside the
+// matrix, for the copy engine is slow outside: `first_token` and `first_feature` are the first of their own.
+// Blocks have their scales at fixed columns, so no tile of theirs moves along features.
 struct Place {
   int token, feature, first_token, first_feature;
 };
 
-// The ring in shared memory: barriers of each slot, then slots of x, then of weights.
+// The ring in shared memory: barriers of each slot, then slots of x, of weights, and of the scales of x.
 struct Ring {
   uint32_t full, empty, x, weights;  // addresses of slot 0
+  const float* scales;
 };
 
 // A place in the ring, moving with the stages.
@@ -83,10 +92,11 @@ __device__ __forceinline__ void wait_named(int id) { asm volatile("bar.sync %0, 
 __device__ __forceinline__ void arrive_named(int id) {
   asm volatile("bar.arrive %0, 160;" ::"r"(id) : "memory");
 }
-constexpr int kStagedBarrier = 1, kFreeBarrier = 3;  // and the next, for the second warpgroup
+constexpr int kStagedBarrier = 1, kFreeBarrier = 3,
+              kColumnBarrier = 5;  // and the next, for the second warpgroup
 
-// What follows the sums of one warp's 16 tokens: bias, residual or gate, each step rounded as separate ops would
-// round it.
+// What follows the sums of one warp's 16 tokens: bias, residual or gate, each step rounded as separate ops
+// would round it.
 template <typename T, int kColumns>
 struct Epilogue {
   static constexpr int kStagedRow = kColumns * 2 + 16;
@@ -98,16 +108,23 @@ struct Epilogue {
     return token >= at.first_token && token < p.tokens && feature >= at.first_feature && feature < features;
   }
 
-  // Two sums of neighbouring features, scaled, with bias, rounded, to shared memory.
-  __device__ __forceinline__ void stage(uint8_t* staged, Place at, int column, const float (&d)[4],
-                                        const float (&x_scale)[2]) const {
+  // Scale and bias of a tile's column.
+  __device__ __forceinline__ float2 column_of(Place at, int column) const {
     const bool is_up = p.is_gated && column >= kColumns / 2;
     const int row = at.feature + column + (is_up ? features - kColumns / 2 : 0);
-    const float scale[2] = {weight_scale(row), weight_scale(row + 1)}, add[2] = {bias(row), bias(row + 1)};
+    if (row >= p.out_features) return {1.0f, 0.0f};
+    return {p.in_blocks ? 1.0f : __ldg(p.weight_scales + row),
+            p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[row])};
+  }
+
+  // Two sums of neighbouring columns for each of two tokens, scaled, with bias, rounded, to shared memory.
+  __device__ __forceinline__ void stage(uint8_t* staged, const float2* columns, int column,
+                                        const float (&d)[4], const float (&x_scale)[2]) const {
+    const float4 both = *reinterpret_cast<const float4*>(columns + column);  // scale, bias; scale, bias
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      *reinterpret_cast<uint32_t*>(staged + (lane / 4 + 8 * i) * kStagedRow + 2 * column) =
-          pack<T>(d[2 * i] * (x_scale[i] * scale[0]) + add[0], d[2 * i + 1] * (x_scale[i] * scale[1]) + add[1]);
+      *reinterpret_cast<uint32_t*>(staged + (lane / 4 + 8 * i) * kStagedRow + 2 * column) = pack<T>(
+          fmaf(d[2 * i], x_scale[i] * both.x, both.y), fmaf(d[2 * i + 1], x_scale[i] * both.z, both.w));
     }
   }
 
@@ -124,7 +141,7 @@ struct Epilogue {
 
   __device__ __forceinline__ void finish_vectors(const uint8_t* staged, Place at) const {
     constexpr int kRowVecs = kColumns / 8, kLaneVecs = kWarpRows * kRowVecs / 32;
-    constexpr int kBatch = kLaneVecs % 4 == 0 ? 4 : 2;  // under way at once
+    constexpr int kBatch = 2;  // under way at once
     const bool adds = p.residual != nullptr;
 #pragma unroll 1
     for (int i = 0; i < kLaneVecs; i += kBatch) {
@@ -180,24 +197,10 @@ struct Epilogue {
   __device__ __forceinline__ Vec<T> staged_at(const uint8_t* staged, int row, int column) const {
     return *reinterpret_cast<const Vec<T>*>(staged + row * kStagedRow + column * 2);
   }
-  __device__ __forceinline__ float weight_scale(int row) const {
-    return p.in_blocks || row >= p.out_features ? 1.0f : __ldg(p.weight_scales + row);
-  }
-  __device__ __forceinline__ float bias(int row) const {
-    return p.bias == nullptr || row >= p.out_features ? 0.0f : to_float(static_cast<const T*>(p.bias)[row]);
-  }
   __device__ __forceinline__ const T* residual(int token) const {
     return static_cast<const T*>(p.residual) + token * p.residual_stride;
   }
   __device__ __forceinline__ T* out(int token) const { return static_cast<T*>(p.out) + token * p.out_stride; }
-};
-
-// The scales of one chunk of K for a thread's two tokens and the halves of its columns, of the gate and what it
-// gates if there is one.
-struct BlockScales {
-  float x[2], weight[2];
-
-  __device__ __forceinline__ float of(int token, int half) const { return x[token] * weight[half]; }
 };
 
 template <typename T, typename S, bool kBlocks, bool kExact>
@@ -244,8 +247,8 @@ struct Roles {
     }
   }
 
-  // Weights are older than this step: the first ring of them travels while the previous kernel ends. A gate's tile
-  // is kColumns / 2 gate rows, then the up rows that they gate. Maps are of pairs of elements.
+  // Weights are older than this step: the first ring of them travels while the previous kernel ends. A gate's
+  // tile is kColumns / 2 gate rows, then the up rows that they gate. Maps are of pairs of elements.
   __device__ __forceinline__ void bring_weights(const CUtensorMap* map) const {
     bring(S::kWeightChunk, [&](const Place& here, int chunk, int column, uint32_t barrier) {
       const uint32_t to = ring.weights + chunk * S::kWeightChunk;
@@ -257,9 +260,21 @@ struct Roles {
 
   __device__ __forceinline__ void bring_x(const CUtensorMap* map) const {
     wait_for_previous();
-    bring(s.x_rows * kChunk, [&](const Place& here, int chunk, int column, uint32_t barrier) {
+    const int scales = kBlocks ? min(S::kScales, p.x_scale_stride) : 0;
+    bring(s.x_rows * kChunk + scales * 4, [&](const Place& here, int chunk, int column, uint32_t barrier) {
       copy_box(ring.x + chunk * S::kXChunk, map, column, here.token, 0, barrier);
+      if constexpr (kBlocks) {
+        // What lies past the last chunk are zeros; any scale does.
+        const int64_t row = min(column / (kChunk / 2), s.chunks - 1);
+        const float* from = p.x_scales + row * p.x_scale_stride + first_scale(here.token);
+        copy_bytes(shared_address(ring.scales) + chunk * S::kScaleChunk, from, scales * 4, barrier);
+      }
     });
+  }
+
+  // The vector of scales at which a copy of them begins: no copy reaches past the row.
+  __device__ __forceinline__ int first_scale(int token) const {
+    return min(token / 4 * 4, max(p.x_scale_stride - S::kScales, 0));
   }
 
   __device__ __forceinline__ Epilogue<T, S::kColumns> epilogue() const {
@@ -281,20 +296,26 @@ struct Roles {
     }
   }
 
-  // Of chunk `chunk`; past the last one nothing is read.
-  __device__ __forceinline__ BlockScales scales_of(const int (&token)[2], int feature, int chunk) const {
-    BlockScales scales{};
-    if (!kBlocks || chunk >= s.chunks) return scales;
-    const float* x = p.x_scales + static_cast<int64_t>(chunk) * p.tokens;
+  // The scales of a stage's weights, for the halves of a tile's columns: of the gate and what it gates, if
+  // there is one, else of a block each.
+  struct WeightScales {
+    float half[S::kChunks][2];
+  };
+
+  __device__ __forceinline__ WeightScales weight_scales(int feature, int step) const {
+    WeightScales scales{};
+    if constexpr (!kBlocks) return scales;
     const int second = p.is_gated ? features + feature : min(feature + S::kColumns / 2, features - 1);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) scales.x[i] = x[token[i]];
-    scales.weight[0] = __ldg(p.weight_scales + feature / kFp8Block * s.chunks + chunk);
-    scales.weight[1] = __ldg(p.weight_scales + second / kFp8Block * s.chunks + chunk);
+    for (int i = 0; i < S::kChunks; ++i) {
+      const int chunk = min(step * S::kChunks + i, s.chunks - 1);
+      scales.half[i][0] = __ldg(p.weight_scales + feature / kFp8Block * s.chunks + chunk);
+      scales.half[i][1] = __ldg(p.weight_scales + second / kFp8Block * s.chunks + chunk);
+    }
     return scales;
   }
 
-  __device__ __forceinline__ void multiply(uint8_t* staged) const {
+  __device__ __forceinline__ void multiply(uint8_t* staged, float2* columns) const {
     // From lane 0, so that the compiler sees a warp's operands alike.
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 - 4, 0), warpgroup = warp / 4;
     const int lane = threadIdx.x % 32;
@@ -303,18 +324,32 @@ struct Roles {
     wait_for_previous();
     const uint64_t first_x = swizzled_operand(ring.x + warpgroup * 64 * kChunk);
     const uint64_t first_weights = swizzled_operand(ring.weights);
+    // Columns are read long after they are written here: all warps of the warpgroup have met since the tile
+    // before.
+    columns += warpgroup * S::kColumns;
+    int turn = 0;
     Cursor<S::kStages> at;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x) {
       Place here = place(tile);
+      const int in_copy = here.token - (kBlocks ? first_scale(here.token) : 0) + warp * kWarpRows + lane / 4;
       here.token += warp * kWarpRows;
-      const int token[2] = {min(here.token + lane / 4, p.tokens - 1), min(here.token + lane / 4 + 8, p.tokens - 1)};
-      float total[S::kParts][S::kPart / 2] = {}, d[S::kBuffers][S::kPart / 2] = {};
-      BlockScales scales[S::kChunks];
+      float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
+      turn ^= 1;
+      constexpr int kOwn = (S::kColumns + 127) / 128;
+      float2 brought[kOwn];
 #pragma unroll
-      for (int chunk = 0; chunk < S::kChunks; ++chunk) scales[chunk] = scales_of(token, here.feature, chunk);
+      for (int i = 0; i < kOwn; ++i) brought[i] = end.column_of(here, threadIdx.x % 128 + 128 * i);
+      float x_scale[2] = {1.0f, 1.0f};
+      if constexpr (!kBlocks) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[min(here.token + lane / 4 + 8 * i, p.tokens - 1)];
+      }
+      float total[S::kParts][S::kPart / 2] = {}, d[S::kBuffers][S::kPart / 2] = {};
+      WeightScales scales = weight_scales(here.feature, 0);
 #pragma unroll 1
       for (int step = 0; step < steps(); ++step) {
+        const WeightScales next_scales = weight_scales(here.feature, step + 1);
         const uint64_t x = first_x + at.slot * operand_step(S::kChunks * S::kXChunk);
         const uint64_t weights = first_weights + at.slot * operand_step(S::kChunks * S::kWeightChunk);
         barrier_wait(ring.full + 8 * at.slot, at.parity);
@@ -325,21 +360,28 @@ struct Roles {
           products_begin();
 #pragma unroll
           for (int k = 0; k < kChunk; k += 32) {
-            warpgroup_mma<E4M3>(sums, x + operand_step(chunk * S::kXChunk + k),
-                                weights + operand_step(chunk * S::kWeightChunk + part * S::kPart * kChunk + k),
-                                !kExact || k > 0);
+            warpgroup_mma<E4M3>(
+                sums, x + operand_step(chunk * S::kXChunk + k),
+                weights + operand_step(chunk * S::kWeightChunk + part * S::kPart * kChunk + k),
+                !kExact || k > 0);
           }
           products_commit();
         };
         const auto promote = [&](int unit) {
           const int chunk = unit / S::kParts, part = unit % S::kParts;
           auto& sums = d[unit % S::kBuffers];
+          float scale[2][2] = {};  // of a half of the columns and a token
+          if constexpr (kBlocks) {
+            const float* of_x = ring.scales + (at.slot * S::kChunks + chunk) * S::kScales + in_copy;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = scales.half[chunk][i / 2] * of_x[i % 2 * 8];
+          }
           products_hold(sums);
 #pragma unroll
           for (int i = 0; i < S::kPart / 2; ++i) {
             const int half = (part * S::kPart + i / 4 * 8) / (S::kColumns / 2);
             if constexpr (kBlocks) {
-              total[part][i] = fmaf(scales[chunk].of(i / 2 % 2, half), sums[i], total[part][i]);
+              total[part][i] = fmaf(scale[half][i / 2 % 2], sums[i], total[part][i]);
             } else {
               total[part][i] += sums[i];
             }
@@ -365,29 +407,26 @@ struct Roles {
         __syncwarp();
         if (lane == 0) barrier_arrive(ring.empty + 8 * at.slot);
         at.advance();
-        if constexpr (kBlocks) {
-#pragma unroll
-          for (int chunk = 0; chunk < S::kChunks; ++chunk)
-            scales[chunk] = scales_of(token, here.feature, (step + 1) * S::kChunks + chunk);
-        }
+        scales = next_scales;
       }
       if constexpr (!kExact) {
 #pragma unroll
         for (auto& part : total) products_hold(part);
       }
-      if (tile != static_cast<int>(blockIdx.x)) wait_named(kFreeBarrier + warpgroup);
-      float x_scale[2] = {1.0f, 1.0f};
-      if constexpr (!kBlocks) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[token[i]];
+      for (int i = 0; i < kOwn; ++i) {
+        const int column = threadIdx.x % 128 + 128 * i;
+        if (column < S::kColumns) own_columns[column] = brought[i];
       }
+      asm volatile("bar.sync %0, 128;" ::"r"(kColumnBarrier + warpgroup) : "memory");
+      if (tile != static_cast<int>(blockIdx.x)) wait_named(kFreeBarrier + warpgroup);
 #pragma unroll
       for (int part = 0; part < S::kParts; ++part) {
 #pragma unroll
         for (int j = 0; j < S::kPart / 8; ++j) {
           const auto& sums = total[part];
           const float four[4] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]};
-          end.stage(staged, here, part * S::kPart + 8 * j + lane % 4 * 2, four, x_scale);
+          end.stage(staged, own_columns, part * S::kPart + 8 * j + lane % 4 * 2, four, x_scale);
         }
       }
       if (tile + static_cast<int>(gridDim.x) < tiles()) {
@@ -406,7 +445,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
                 const __grid_constant__ Fp8Params p, const __grid_constant__ Schedule s) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared), slots = base + kHeaderBytes;
-  const Ring ring{base, base + 8 * kMaxStages, slots, slots + S::kStages * S::kChunks * S::kXChunk};
+  constexpr int kSlots = S::kStages * S::kChunks;
+  uint8_t* const scales = shared + kHeaderBytes + kSlots * (S::kXChunk + S::kWeightChunk);
+  const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk,
+                  reinterpret_cast<const float*>(scales)};
   const Roles<T, S, kBlocks, kExact> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
 
   let_next_start();
@@ -422,7 +464,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   uint8_t* staged = shared + kHeaderBytes + S::kStages * S::kStageBytes;
   if (threadIdx.x < 128) {
-    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kOtherRegisters));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
       roles.bring_weights(&weight_map);
@@ -435,16 +477,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     __syncwarp();
   } else {
-    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    roles.multiply(staged);
+    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kSumRegisters));
+    roles.multiply(staged, reinterpret_cast<float2*>(staged + S::kStagedBytes));
   }
 }
 
 // ---- host ----
 
-// Rows of K codes as boxes of `box_rows` rows of a chunk; what lies outside arrives as zeros. To the copy engine a
-// pair of codes is one number.
-inline bool encode_rows(CUtensorMap* map, const void* data, int rows, int columns, int64_t stride, int box_rows) {
+// Rows of K codes as boxes of `box_rows` rows of a chunk; what lies outside arrives as zeros. To the copy
+// engine a pair of codes is one number.
+inline bool encode_rows(CUtensorMap* map, const void* data, int rows, int columns, int64_t stride,
+                        int box_rows) {
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns / 2), static_cast<cuuint64_t>(rows), 1};
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(stride), strides[2] = {row_bytes, row_bytes * rows};
   const cuuint32_t box[3] = {kChunk / 2, static_cast<cuuint32_t>(box_rows), 1};
@@ -481,15 +524,15 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
     return error;
   }
   const int tiles = s.token_tiles * s.feature_tiles;
-  return launch(kernel, dim3(static_cast<unsigned>(tiles < sms ? tiles : sms)), S::kThreads, S::kUsedBytes, stream,
-                x_map, weight_map, p, s);
+  return launch(kernel, dim3(static_cast<unsigned>(tiles < sms ? tiles : sms)), S::kThreads, S::kUsedBytes,
+                stream, x_map, weight_map, p, s);
 }
 
 // Compiled once for each type (sm90_bf16.cu, sm90_f16.cu).
 template <typename T>
 cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t stream) {
-#define TGI_TILE(number, ...)                                                         \
-  case number:                                                                        \
+#define TGI_TILE(number, ...)                                                        \
+  case number:                                                                       \
     if (p.in_blocks) return launch_tile<T, Tile<__VA_ARGS__>, true>(p, sms, stream); \
     return launch_tile<T, Tile<__VA_ARGS__>, false>(p, sms, stream);
   switch (tile) {
@@ -500,19 +543,8 @@ cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t st
     TGI_TILE(4, 2, 2, 128, 1, 1)
 #ifdef TGI_EXPERIMENT
     TGI_TILE(5, 1, 2, 64, 2, 1)
-    TGI_TILE(6, 1, 4, 32, 2, 1)
-    TGI_TILE(7, 1, 1, 32, 2, 2)
-    TGI_TILE(8, 2, 1, 128, 2, 2)
-    TGI_TILE(13, 1, 2, 32, 2, 2)
-    TGI_TILE(14, 1, 1, 32, 1, 4)
-    case 9:
+    case 8:
       return launch_tile<T, Tile<2, 1, 192, 1, 1>, false>(p, sms, stream);
-    case 10:
-      return launch_tile<T, Tile<2, 1, 256, 1, 1>, false, false>(p, sms, stream);
-    case 11:
-      return launch_tile<T, Tile<1, 7, 32, 2, 1>, false>(p, sms, stream);
-    case 12:
-      return launch_tile<T, Tile<2, 1, 128, 1, 1>, false, false>(p, sms, stream);
 #endif
     default:
       return cudaErrorInvalidValue;

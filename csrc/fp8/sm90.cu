@@ -19,7 +19,8 @@ cudaError_t fp8_matmul(const Fp8Params& p, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0 || p.out_features == 0) return cudaSuccess;
   int device = 0, sms = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
+    return error;
   const int tile = fp8::choose(p, sms);
   return by_half_dtype(dtype, [&]<typename T>() { return fp8::launch_choice<T>(p, tile, sms, stream); });
 }

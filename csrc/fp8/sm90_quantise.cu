@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantise_blocks_kernel(const Quan
   }
   if (first >= p.columns) return;
   const float scale = p.fixed != nullptr ? *p.fixed : scale_for(most, p.bound);
-  if (vec % 16 == 0) p.scales[static_cast<int64_t>(vec / 16) * p.tokens + token] = scale;
+  if (vec % 16 == 0) p.scales[vec / 16 * p.scale_stride + token] = scale;
   uint8_t* codes = static_cast<uint8_t*>(p.codes) + token * p.code_stride;
   *reinterpret_cast<uint2*>(codes + first) = codes_of(x, 1.0f / scale);
 }
@@ -126,8 +126,8 @@ cudaError_t quantise_e4m3(const QuantiseParams& p, DType dtype, cudaStream_t str
       return launch(quantise_blocks_kernel<T>, dim3(static_cast<unsigned>(p.tokens) * chunks), kMaxThreads, 0,
                     stream, p, chunks);
     }
-    // Few rows leave the machine idle: more threads, each with less to read one after another.
-    const int each = p.tokens <= 132 ? 1 : 2;
+    // Few rows leave the machine idle: more threads, each with less to read. Many are all resident at once.
+    const int each = p.tokens <= 132 ? 1 : kVecs;
     const int threads = min(kMaxThreads, (vecs + 32 * each - 1) / (32 * each) * 32);
     return launch(quantise_rows_kernel<T>, dim3(static_cast<unsigned>(p.tokens)), threads, 0, stream, p);
   });

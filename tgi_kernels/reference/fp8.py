@@ -15,7 +15,10 @@ LEAST = 2.0**-100  # that a scale is made for
 def quantise_e4m3(
     x: Tensor, *, in_blocks: bool = False, fixed: float | None = None, bound: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """The codes and scales of `tgi_kernels.fp8.quantise_e4m3`, in the same float32 steps. x: [tokens, columns]."""
+    """The codes and scales of `tgi_kernels.fp8.quantise_e4m3`, in the same float32 steps. x: [tokens, columns].
+
+    Scales of blocks are not filled up.
+    """
     x = x.float()
     columns = x.shape[1]
     size = BLOCK if in_blocks else columns
