@@ -63,13 +63,17 @@ def pack_fp8(weight: QuantWeight) -> PackedFp8:
         out_features, columns = weight.codes.shape
         raise ValueError(
             f"[{out_features}, {columns}] codes of kind {weight.values} in groups of {weight.group_size} on "
-            f"{weight.codes.device}, inputs {weight.inputs}: the kernels take e4m3 on Hopper GPUs, {_VECTOR} columns or "
-            f"multiples, with a scale a row or for blocks of {BLOCK}×{BLOCK}"
+            f"{weight.codes.device}, inputs {weight.inputs}: the kernels take e4m3 on Hopper GPUs, {_VECTOR} columns "
+            f"or multiples, with a scale a row or for blocks of {BLOCK}×{BLOCK}"
         )
     blocks = _block_scales(weight) if weight.inputs == "blocks" else None
     scales = weight.scales.float().squeeze(1) if blocks is None else blocks
     return PackedFp8(
-        weight.codes.contiguous(), scales.contiguous(), blocks is not None, weight.input_scale, weight.input_bound
+        weight.codes.contiguous(),
+        scales.contiguous(),
+        blocks is not None,
+        weight.input_scale,
+        weight.input_bound,
     )
 
 
@@ -145,7 +149,7 @@ def fp8_matmul(
     gate: Gate | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = (x · x_scales) · (weight · weight_scales)ᵀ + bias; then residual + y, or act(first half of y) · second half.
+    """y = (x · x_scales) · (weight · weight_scales)ᵀ + bias; then residual + y, or act(first half) · second half.
 
     x: [tokens, in_features], weight: [out_features, in_features]: codes of float8 as uint8, rows of whole 16 bytes.
     x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [⌈in_features / 128⌉, tokens and
@@ -168,7 +172,7 @@ def fp8_matmul(
 
 
 def _block_scales(weight: QuantWeight) -> Tensor | None:
-    """The scale of each block [out_features / 128, ⌈in_features / 128⌉]; None unless scales are those of such blocks."""
+    """The scale of each block, [out_features / 128, ⌈in_features / 128⌉]; None if blocks have more than one."""
     rows, groups = weight.scales.shape
     if rows % BLOCK or (weight.group_size != BLOCK and groups > 1):
         return None

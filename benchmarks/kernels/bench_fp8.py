@@ -28,9 +28,7 @@ def bench_shape(
     codes = weight.to(torch.float8_e4m3fn).view(torch.uint8)
     shape = (out_features // BLOCK, in_features // BLOCK) if in_blocks else (out_features,)
     scales = torch.rand(shape, device="cuda") * 0.001 + 0.0005
-    sets = [(codes, scales)] + [
-        (codes.clone(), scales.clone()) for _ in range(copies_for(codes.nbytes) - 1)
-    ]
+    sets = [(codes, scales)] + [(codes.clone(), scales.clone()) for _ in range(copies_for(codes.nbytes) - 1)]
     kind = "128x128" if in_blocks else "per token"
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -50,7 +48,9 @@ def bench_shape(
             case = f"w8a8 {kind} {in_features}x{out_features} M={tokens} {what}"
             if tokens > SUSTAINED:
                 taken = time_sustained(lambda r=rounds: product(sets[0], rounds=r)).median_s * 1e6
-                theirs = None if in_blocks or rounds else {"torch._scaled_mm": scaled_mm(rounded, sets[0], out)}
+                theirs = (
+                    None if in_blocks or rounds else {"torch._scaled_mm": scaled_mm(rounded, sets[0], out)}
+                )
                 report.add("fp8_matmul", case, taken, roof=roof, baselines=theirs)
                 rate = work / taken / 1e6
                 report.add("fp8_matmul", case, rate, metric="rate", unit="TFLOP/s", better="higher")
@@ -65,9 +65,12 @@ def scaled_mm(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], out: Tens
     """µs of torch's product with a scale a row of both."""
     a, b = x[0].view(torch.float8_e4m3fn), weight[0].view(torch.float8_e4m3fn).T
     rows, columns = x[1].view(-1, 1), weight[1].view(1, -1)
-    return time_sustained(
-        lambda: torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=out.dtype)
-    ).median_s * 1e6
+    return (
+        time_sustained(
+            lambda: torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=out.dtype)
+        ).median_s
+        * 1e6
+    )
 
 
 if __name__ == "__main__":

@@ -37,19 +37,16 @@ struct Schedule {
   bool aligned;  // out and residual: 16 bytes everywhere
 };
 
-// A tile: tokens of kWarpgroups · 64, columns in kParts parts that are multiplied one after another, so that
-// the tensor cores' sums take few registers beside the totals. kBuffers = 2: one part is summed while the one
-// before is added to its totals; with 1 the other warpgroup's products fill that time. kChunks: of a stage.
-template <int kWarpgroups_, int kParts_, int kPart_, int kBuffers_, int kChunks_>
+// A tile of kWarpgroups · 64 tokens. kChunks: of a stage. kXRows: tokens that have room in the ring; of fewer
+// than 64 the products read what follows as well, for rows that nobody asks for.
+template <int kWarpgroups_, int kColumns_, int kChunks_, int kXRows_ = 64 * kWarpgroups_>
 struct Tile {
-  static constexpr int kWarpgroups = kWarpgroups_, kParts = kParts_, kPart = kPart_, kBuffers = kBuffers_;
-  static constexpr int kChunks = kChunks_, kTokens = 64 * kWarpgroups, kColumns = kParts * kPart;
+  static constexpr int kWarpgroups = kWarpgroups_, kColumns = kColumns_, kChunks = kChunks_;
+  static constexpr int kTokens = 64 * kWarpgroups, kXRows = kXRows_;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // Of two warpgroups that sum, and of the four warps beside them: 504 · 128 together.
-  static constexpr int kSumRegisters = kColumns > 192 ? 224 : 216, kOtherRegisters = 504 - 2 * kSumRegisters;
-  static constexpr int kXChunk = kTokens * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
+  static constexpr int kXChunk = kXRows * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
   // Scales of a chunk of x: a tile's tokens need not start at a whole vector of them.
-  static constexpr int kScales = kTokens + 4, kScaleChunk = kScales * 4;
+  static constexpr int kScales = kXRows + 4, kScaleChunk = kScales * 4;
   static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk + kScaleChunk);
   // Scale and bias of each column, for each warpgroup, of a tile and the next.
   static constexpr int kColumnBytes = 2 * kWarpgroups * kColumns * static_cast<int>(sizeof(float2));
@@ -203,7 +200,7 @@ struct Epilogue {
   __device__ __forceinline__ T* out(int token) const { return static_cast<T*>(p.out) + token * p.out_stride; }
 };
 
-template <typename T, typename S, bool kBlocks, bool kExact>
+template <typename T, typename S, bool kBlocks>
 struct Roles {
   const Fp8Params& p;
   const Schedule& s;
@@ -296,138 +293,136 @@ struct Roles {
     }
   }
 
-  // The scales of a stage's weights, for the halves of a tile's columns: of the gate and what it gates, if
-  // there is one, else of a block each.
-  struct WeightScales {
-    float half[S::kChunks][2];
+  // The scales of a chunk's weights for the halves of a tile's columns: of the gate and what it gates, if
+  // there is one. Past the last chunk there are only zeros to scale.
+  __device__ __forceinline__ float2 weight_scales(int feature, int chunk) const {
+    if constexpr (!kBlocks) return {};
+    const int second = p.is_gated ? features + feature : feature;
+    const float* scales = p.weight_scales + min(chunk, s.chunks - 1);
+    return {__ldg(scales + feature / kFp8Block * s.chunks), __ldg(scales + second / kFp8Block * s.chunks)};
+  }
+
+  // A warpgroup's place among chunks: the slot, the chunk in it, and the scales of its weights.
+  struct Chunk {
+    Cursor<S::kStages> at;
+    int in_slot;
+    float2 weight_scales;
   };
 
-  __device__ __forceinline__ WeightScales weight_scales(int feature, int step) const {
-    WeightScales scales{};
-    if constexpr (!kBlocks) return scales;
-    const int second = p.is_gated ? features + feature : min(feature + S::kColumns / 2, features - 1);
+  // Waits for a chunk and starts its sums.
+  __device__ __forceinline__ void start(float (&sums)[S::kColumns / 2], const Chunk& chunk,
+                                        int warpgroup) const {
+    const int slot = chunk.at.slot * S::kChunks + chunk.in_slot;
+    barrier_wait(ring.full + 8 * chunk.at.slot, chunk.at.parity);
+    const uint64_t x = swizzled_operand(ring.x + warpgroup * 64 * kChunk) + slot * operand_step(S::kXChunk);
+    const uint64_t weights = swizzled_operand(ring.weights) + slot * operand_step(S::kWeightChunk);
+    products_hold(sums);
+    products_begin();
 #pragma unroll
-    for (int i = 0; i < S::kChunks; ++i) {
-      const int chunk = min(step * S::kChunks + i, s.chunks - 1);
-      scales.half[i][0] = __ldg(p.weight_scales + feature / kFp8Block * s.chunks + chunk);
-      scales.half[i][1] = __ldg(p.weight_scales + second / kFp8Block * s.chunks + chunk);
+    for (int k = 0; k < kChunk; k += 32) {
+      warpgroup_mma<E4M3>(sums, x + operand_step(k), weights + operand_step(k), k > 0);
     }
-    return scales;
+    products_commit();
+  }
+
+  // Adds the sums of a chunk, which are done, to the totals and frees the slot with its last one.
+  __device__ __forceinline__ void add(float (&total)[S::kColumns / 2], float (&sums)[S::kColumns / 2],
+                                      const Chunk& chunk, int first_scale) const {
+    products_hold(sums);
+    float scale[2][2];  // of a half of the columns and a token
+    if constexpr (kBlocks) {
+      const float* of_x =
+          ring.scales + (chunk.at.slot * S::kChunks + chunk.in_slot) * S::kScales + first_scale;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scale[0][i] = of_x[8 * i] * chunk.weight_scales.x;
+        scale[1][i] = of_x[8 * i] * chunk.weight_scales.y;
+      }
+    }
+    __syncwarp();
+    if (chunk.in_slot == S::kChunks - 1 && threadIdx.x % 32 == 0)
+      barrier_arrive(ring.empty + 8 * chunk.at.slot);
+#pragma unroll
+    for (int i = 0; i < S::kColumns / 2; ++i) {
+      if constexpr (kBlocks) {
+        total[i] = fmaf(scale[i / (S::kColumns / 4)][i / 2 % 2], sums[i], total[i]);
+      } else {
+        total[i] += sums[i];
+      }
+    }
+  }
+
+  // The totals of a tile: one chunk is summed while the one before is added.
+  __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at, int feature,
+                                      int first_scale, int warpgroup) const {
+    float sums[2][S::kColumns / 2];
+    const int chunks = steps() * S::kChunks;
+    Chunk next{at, 0, weight_scales(feature, 0)}, now;
+    int brought = 0;
+    const auto go_on = [&](float (&free)[S::kColumns / 2]) {
+      now = next;
+      next.weight_scales = weight_scales(feature, ++brought);
+      start(free, now, warpgroup);
+      if (S::kChunks == 1 || ++next.in_slot == S::kChunks) next.in_slot = 0, next.at.advance();
+    };
+    const auto step = [&](float (&free)[S::kColumns / 2], float (&busy)[S::kColumns / 2]) {
+      const Chunk before = now;
+      go_on(free);
+      products_wait<1>();
+      add(total, busy, before, first_scale);
+    };
+    go_on(sums[0]);
+    int left = chunks - 1;
+#pragma unroll 1
+    for (; left >= 2; left -= 2) {
+      step(sums[1], sums[0]);
+      step(sums[0], sums[1]);
+    }
+    if (left == 1) {
+      step(sums[1], sums[0]);
+      products_wait<0>();
+      add(total, sums[1], now, first_scale);
+    } else {
+      products_wait<0>();
+      add(total, sums[0], now, first_scale);
+    }
+    at = next.at;
   }
 
   __device__ __forceinline__ void multiply(uint8_t* staged, float2* columns) const {
     // From lane 0, so that the compiler sees a warp's operands alike.
     const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 - 4, 0), warpgroup = warp / 4;
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, column = threadIdx.x % 128;
     staged += warp * kWarpRows * S::kStagedRow;
+    columns += warpgroup * S::kColumns;
     const auto end = epilogue();
     wait_for_previous();
-    const uint64_t first_x = swizzled_operand(ring.x + warpgroup * 64 * kChunk);
-    const uint64_t first_weights = swizzled_operand(ring.weights);
-    // Columns are read long after they are written here: all warps of the warpgroup have met since the tile
-    // before.
-    columns += warpgroup * S::kColumns;
-    int turn = 0;
     Cursor<S::kStages> at;
+    int turn = 0;
 #pragma unroll 1
-    for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x) {
+    for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x, turn ^= 1) {
       Place here = place(tile);
-      const int in_copy = here.token - (kBlocks ? first_scale(here.token) : 0) + warp * kWarpRows + lane / 4;
+      const int in_copy = kBlocks ? here.token - first_scale(here.token) + warp * kWarpRows + lane / 4 : 0;
       here.token += warp * kWarpRows;
-      float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
-      turn ^= 1;
-      constexpr int kOwn = (S::kColumns + 127) / 128;
-      float2 brought[kOwn];
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) brought[i] = end.column_of(here, threadIdx.x % 128 + 128 * i);
+      // All that the end needs besides the sums, long before.
+      const float2 brought = column < S::kColumns ? end.column_of(here, column) : float2{};
       float x_scale[2] = {1.0f, 1.0f};
       if constexpr (!kBlocks) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[min(here.token + lane / 4 + 8 * i, p.tokens - 1)];
       }
-      float total[S::kParts][S::kPart / 2] = {}, d[S::kBuffers][S::kPart / 2] = {};
-      WeightScales scales = weight_scales(here.feature, 0);
-#pragma unroll 1
-      for (int step = 0; step < steps(); ++step) {
-        const WeightScales next_scales = weight_scales(here.feature, step + 1);
-        const uint64_t x = first_x + at.slot * operand_step(S::kChunks * S::kXChunk);
-        const uint64_t weights = first_weights + at.slot * operand_step(S::kChunks * S::kWeightChunk);
-        barrier_wait(ring.full + 8 * at.slot, at.parity);
-        const auto sum = [&](int unit) {
-          const int chunk = unit / S::kParts, part = unit % S::kParts;
-          auto& sums = kExact ? d[unit % S::kBuffers] : total[part];
-          products_hold(sums);
-          products_begin();
-#pragma unroll
-          for (int k = 0; k < kChunk; k += 32) {
-            warpgroup_mma<E4M3>(
-                sums, x + operand_step(chunk * S::kXChunk + k),
-                weights + operand_step(chunk * S::kWeightChunk + part * S::kPart * kChunk + k),
-                !kExact || k > 0);
-          }
-          products_commit();
-        };
-        const auto promote = [&](int unit) {
-          const int chunk = unit / S::kParts, part = unit % S::kParts;
-          auto& sums = d[unit % S::kBuffers];
-          float scale[2][2] = {};  // of a half of the columns and a token
-          if constexpr (kBlocks) {
-            const float* of_x = ring.scales + (at.slot * S::kChunks + chunk) * S::kScales + in_copy;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = scales.half[chunk][i / 2] * of_x[i % 2 * 8];
-          }
-          products_hold(sums);
-#pragma unroll
-          for (int i = 0; i < S::kPart / 2; ++i) {
-            const int half = (part * S::kPart + i / 4 * 8) / (S::kColumns / 2);
-            if constexpr (kBlocks) {
-              total[part][i] = fmaf(scale[half][i / 2 % 2], sums[i], total[part][i]);
-            } else {
-              total[part][i] += sums[i];
-            }
-          }
-        };
-        constexpr int kUnits = S::kChunks * S::kParts;
-        if constexpr (!kExact) {
-#pragma unroll
-          for (int unit = 0; unit < kUnits; ++unit) sum(unit);
-          products_wait<0>();
-        } else {
-#pragma unroll
-          for (int unit = 0; unit < kUnits; ++unit) {
-            sum(unit);
-            products_wait<S::kBuffers - 1>();
-            if (unit >= S::kBuffers - 1) promote(unit - (S::kBuffers - 1));
-          }
-          if constexpr (S::kBuffers == 2) {
-            products_wait<0>();
-            promote(kUnits - 1);
-          }
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(ring.empty + 8 * at.slot);
-        at.advance();
-        scales = next_scales;
-      }
-      if constexpr (!kExact) {
-#pragma unroll
-        for (auto& part : total) products_hold(part);
-      }
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const int column = threadIdx.x % 128 + 128 * i;
-        if (column < S::kColumns) own_columns[column] = brought[i];
-      }
+      float total[S::kColumns / 2] = {};
+      sum(total, at, here.feature, in_copy, warpgroup);
+
+      // No warp is two tiles ahead of another of its warpgroup, so two turns are enough.
+      float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
+      if (column < S::kColumns) own_columns[column] = brought;
       asm volatile("bar.sync %0, 128;" ::"r"(kColumnBarrier + warpgroup) : "memory");
       if (tile != static_cast<int>(blockIdx.x)) wait_named(kFreeBarrier + warpgroup);
 #pragma unroll
-      for (int part = 0; part < S::kParts; ++part) {
-#pragma unroll
-        for (int j = 0; j < S::kPart / 8; ++j) {
-          const auto& sums = total[part];
-          const float four[4] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]};
-          end.stage(staged, own_columns, part * S::kPart + 8 * j + lane % 4 * 2, four, x_scale);
-        }
+      for (int j = 0; j < S::kColumns / 8; ++j) {
+        const float four[4] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
+        end.stage(staged, own_columns, 8 * j + lane % 4 * 2, four, x_scale);
       }
       if (tile + static_cast<int>(gridDim.x) < tiles()) {
         arrive_named(kStagedBarrier + warpgroup);
@@ -439,7 +434,7 @@ struct Roles {
   }
 };
 
-template <typename T, typename S, bool kBlocks, bool kExact>
+template <typename T, typename S, bool kBlocks>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
                 const __grid_constant__ Fp8Params p, const __grid_constant__ Schedule s) {
@@ -449,7 +444,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   uint8_t* const scales = shared + kHeaderBytes + kSlots * (S::kXChunk + S::kWeightChunk);
   const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk,
                   reinterpret_cast<const float*>(scales)};
-  const Roles<T, S, kBlocks, kExact> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
+  const Roles<T, S, kBlocks> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
 
   let_next_start();
   if (threadIdx.x == 0) {
@@ -464,7 +459,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   uint8_t* staged = shared + kHeaderBytes + S::kStages * S::kStageBytes;
   if (threadIdx.x < 128) {
-    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kOtherRegisters));
+    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0 && lane == 0) {
       roles.bring_weights(&weight_map);
@@ -477,7 +472,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     __syncwarp();
   } else {
-    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kSumRegisters));
+    if constexpr (S::kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     roles.multiply(staged, reinterpret_cast<float2*>(staged + S::kStagedBytes));
   }
 }
@@ -500,7 +495,7 @@ inline bool in_vectors(const void* data, int64_t stride) {
 
 constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-template <typename T, typename S, bool kBlocks, bool kExact = true>
+template <typename T, typename S, bool kBlocks>
 cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   const int features = p.is_gated ? p.out_features / 2 : p.out_features;
   Schedule s{};
@@ -508,7 +503,7 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   s.feature_tiles = tiles_of(features, p.is_gated ? S::kColumns / 2 : S::kColumns);
   s.band = tiles_of(2048, S::kTokens);
   s.chunks = tiles_of(p.in_features, kChunk);
-  s.x_rows = p.tokens < S::kTokens ? p.tokens : S::kTokens;
+  s.x_rows = p.tokens < S::kXRows ? p.tokens : S::kXRows;
   s.aligned = features % 8 == 0 && in_vectors(p.out, p.out_stride) &&
               (p.residual == nullptr || in_vectors(p.residual, p.residual_stride));
 
@@ -518,7 +513,7 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
                    p.is_gated ? S::kColumns / 2 : S::kColumns)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = gemm_kernel<T, S, kBlocks, kExact>;
+  const auto kernel = gemm_kernel<T, S, kBlocks>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kUsedBytes)) {
     return error;
@@ -536,16 +531,11 @@ cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t st
     if (p.in_blocks) return launch_tile<T, Tile<__VA_ARGS__>, true>(p, sms, stream); \
     return launch_tile<T, Tile<__VA_ARGS__>, false>(p, sms, stream);
   switch (tile) {
-    TGI_TILE(0, 1, 1, 32, 2, 4)
-    TGI_TILE(1, 1, 1, 64, 2, 2)
-    TGI_TILE(2, 1, 1, 128, 1, 1)
-    TGI_TILE(3, 2, 1, 128, 1, 1)
-    TGI_TILE(4, 2, 2, 128, 1, 1)
-#ifdef TGI_EXPERIMENT
-    TGI_TILE(5, 1, 2, 64, 2, 1)
-    case 8:
-      return launch_tile<T, Tile<2, 1, 192, 1, 1>, false>(p, sms, stream);
-#endif
+    TGI_TILE(0, 1, 32, 4, 16)
+    TGI_TILE(1, 1, 32, 4)
+    TGI_TILE(2, 1, 64, 2)
+    TGI_TILE(3, 1, 128, 1)
+    TGI_TILE(4, 2, 128, 1)
     default:
       return cudaErrorInvalidValue;
   }

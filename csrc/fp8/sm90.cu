@@ -10,7 +10,7 @@ extern template cudaError_t launch_choice<__nv_bfloat16>(const Fp8Params&, int, 
 
 int choose(const Fp8Params& p, int sms) {
   (void)sms;
-  return p.tile >= 0 ? p.tile : p.tokens <= 64 ? 0 : 3;
+  return p.tile >= 0 ? p.tile : p.tokens <= 16 ? 0 : p.tokens <= 64 ? 1 : p.tokens <= 128 ? 2 : 4;
 }
 
 }  // namespace fp8

@@ -1,4 +1,3 @@
-#define TGI_EXPERIMENT
 #include "fp8/gemm.cuh"
 
 namespace tgi::fp8 {

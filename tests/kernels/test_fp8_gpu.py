@@ -10,7 +10,7 @@ from torch.nn import functional
 from tests.kernels.compare import assert_same_bits
 from tgi_kernels.activation import Gate
 from tgi_kernels.fp8 import BLOCK, fits_fp8, fp8_linear, fp8_matmul, pack_fp8, quantise_e4m3
-from tgi_kernels.quant_size import Inputs
+from tgi_kernels.quant_size import Inputs, QuantKind, packed_bytes
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_kernels.reference import fp8 as reference
 
@@ -78,7 +78,11 @@ def test_inputs_are_rounded_bit_for_bit_like_the_reference(
     x = random(tokens, columns, dtype=dtype, scale=3)
     x[0, :5] *= 30
     x[-1] = 0
-    for fixed, bound in ((None, float("inf")), (None, 2.5), (torch.tensor([0.01], device="cuda"), float("inf"))):
+    for fixed, bound in (
+        (None, float("inf")),
+        (None, 2.5),
+        (torch.tensor([0.01], device="cuda"), float("inf")),
+    ):
         codes, scales = quantise_e4m3(x, in_blocks=in_blocks, fixed=fixed, bound=bound)
         number = None if fixed is None else float(fixed)
         want = reference.quantise_e4m3(x.cpu(), in_blocks=in_blocks, fixed=number, bound=bound)
@@ -124,7 +128,8 @@ def test_a_product_is_the_float64_one_rounded_and_the_same_for_any_number_of_tok
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 40, 65, 200, 513])
 @pytest.mark.parametrize(
-    ("shape", "in_blocks"), [((4096, 512), True), ((4096, 512), False), ((1000, 144), False), ((78, 64), False)]
+    ("shape", "in_blocks"),
+    [((4096, 512), True), ((4096, 512), False), ((1000, 144), False), ((78, 64), False)],
 )
 def test_bias_residual_and_gate_round_like_separate_ops(
     shape: tuple[int, int], in_blocks: bool, tokens: int, dtype: torch.dtype
@@ -165,15 +170,25 @@ def test_a_layer_is_as_near_to_its_exact_product_as_rounding_inputs_allows(input
         codes, of_rows.contiguous(), None, in_features // groups, 8, values="e4m3", inputs=inputs
     )
     assert fits_fp8(weight)
+    packed = pack_fp8(weight)
+    kind = QuantKind(8, weight.group_size, "e4m3", zeros="none", scale_bytes=4, inputs=inputs)
+    planned = packed_bytes(kind, out_features, in_features, on_gpu=True)
+    assert packed.codes.nbytes + packed.scales.nbytes == planned
     x = random(tokens, in_features)
     exact = x.double() @ reference.widen_rows(codes, of_rows[:, 0]).T
-    error = float((fp8_linear(x, pack_fp8(weight)).double() - exact).norm() / exact.norm())
+    error = float((fp8_linear(x, packed).double() - exact).norm() / exact.norm())
     assert 0.01 < error < 0.04  # e4m3 has 3 bits after the point: 2.6 % of a normal distribution
 
 
 def test_what_the_kernels_do_not_take_is_said_before() -> None:
     weight = QuantWeight(
-        torch.zeros(256, 256, dtype=torch.uint8), torch.ones(256, 1), None, 256, 8, values="e4m3", inputs="rows"
+        torch.zeros(256, 256, dtype=torch.uint8),
+        torch.ones(256, 1),
+        None,
+        256,
+        8,
+        values="e4m3",
+        inputs="rows",
     )
     assert not fits_fp8(weight)
     with pytest.raises(ValueError, match="on cpu"):

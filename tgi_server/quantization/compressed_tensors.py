@@ -1,7 +1,7 @@
 """compressed-tensors checkpoints: whole numbers of 2 to 8 bits and floats of 8 and 4, each matrix as `targets` say.
 
-Where a config rounds activations to 8 bits as well ("W8A8") so does the product of floats on Hopper GPUs. Elsewhere they
-are left as they are, which is nearer to the model that was quantised.
+Where a config rounds activations to 8 bits as well ("W8A8") so does the product of floats on Hopper GPUs. Elsewhere
+they are left as they are, which is nearer to the model that was quantised.
 """
 
 from __future__ import annotations
