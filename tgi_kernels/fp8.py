@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
@@ -22,7 +23,7 @@ from tgi_kernels.quant_weight import QuantWeight
 register_fakes("quantise_e4m3", "fp8_matmul")
 
 BLOCK = 128  # rows and columns that share a scale, where not whole rows do
-_VECTOR, _SCALES = 16, 4  # codes and scales that the copy engine takes at least: 16 bytes
+_VECTOR, _SCALES = 16, 4  # codes and scales in 16 bytes, of which rows are multiples
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PackedFp8:
     """A matrix as the kernels read it, and how its inputs are rounded; made by `pack_fp8`.
 
     codes: [out_features, in_features] uint8. scales: float32, [out_features], or a block each, [out_features / 128,
-    ⌈in_features / 128⌉]: then inputs have a scale for 128 columns as well. input_scale: [1] float32, of all inputs;
+    ⌈in_features / 128⌉] filled up with zeros to whole vectors of 4: then inputs have a scale for 128 columns as well. input_scale: [1] float32, of all inputs;
     None: the largest number of a token, or of its block, becomes the largest of float8. Numbers above input_bound
     count as that.
     """
@@ -118,8 +119,8 @@ def quantise_e4m3(
     x: [tokens, columns], float16 or bfloat16 on a Hopper GPU; columns: a multiple of 16. fixed: [1] float32, the
     scale of all; else a scale a token, or with in_blocks one for each 128 columns, such that the largest number
     becomes 448; larger ones than `bound` count as that.
-    Returns codes [tokens, columns] uint8 and scales float32, [tokens] or [⌈columns / 128⌉, tokens], the rows of the
-    latter filled up to whole vectors of 4.
+    Returns codes [tokens, columns] uint8 and scales float32, [tokens] or [tokens, ⌈columns / 128⌉], the rows of the
+    latter filled up with zeros to whole vectors of 4.
     Raises ValueError for dtypes and shapes that do not fit.
     """
     check_shape("x", x, ("tokens", "columns"))
@@ -129,7 +130,7 @@ def quantise_e4m3(
         raise ValueError(f"x has {columns} columns; a multiple of {_VECTOR} is needed")
     if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != 1:
         x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    shape = (-(-columns // BLOCK), -(-tokens // _SCALES) * _SCALES) if in_blocks else (tokens,)
+    shape = (tokens, _filled(-(-columns // BLOCK))) if in_blocks else (tokens,)
     codes = torch.empty((tokens, columns), dtype=torch.uint8, device=x.device)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     ops.quantise_e4m3(x, fixed, bound, in_blocks, codes, scales)
@@ -152,8 +153,9 @@ def fp8_matmul(
     """y = (x · x_scales) · (weight · weight_scales)ᵀ + bias; then residual + y, or act(first half) · second half.
 
     x: [tokens, in_features], weight: [out_features, in_features]: codes of float8 as uint8, rows of whole 16 bytes.
-    x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [⌈in_features / 128⌉, tokens and
-    more, a multiple of 4] and [out_features / 128, ⌈in_features / 128⌉]. bias, residual and out, of `dtype`, as in `fp8_linear`.
+    x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [tokens, ⌈in_features / 128⌉]
+    and [out_features / 128, ⌈in_features / 128⌉], rows filled up with zeros to whole vectors of 4. bias, residual and out, of `dtype`, as in
+    `fp8_linear`.
     Each step after the sums is rounded as the separate ops round it. Raises ValueError for what does not fit.
     """
     check_shape("x", x, ("tokens", "in_features"))
@@ -172,10 +174,17 @@ def fp8_matmul(
 
 
 def _block_scales(weight: QuantWeight) -> Tensor | None:
-    """The scale of each block, [out_features / 128, ⌈in_features / 128⌉]; None if blocks have more than one."""
+    """The scale of each block as `PackedFp8` has them; None if blocks have more than one."""
     rows, groups = weight.scales.shape
     if rows % BLOCK or (weight.group_size != BLOCK and groups > 1):
         return None
     blocks = weight.scales.float().view(-1, BLOCK, groups)
     first = blocks[:, :1]
-    return first.squeeze(1) if torch.equal(blocks, first.expand_as(blocks)) else None
+    if not torch.equal(blocks, first.expand_as(blocks)):
+        return None
+    return functional.pad(first.squeeze(1), (0, _filled(groups) - groups))
+
+
+def _filled(scales: int) -> int:
+    """Of so many scales in a row, and the zeros that fill its last vector."""
+    return -(-scales // _SCALES) * _SCALES

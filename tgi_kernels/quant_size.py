@@ -83,4 +83,4 @@ def _fp8_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:
         return rows * columns + 4 * rows if groups == 1 else None
     if rows % _FP8_BLOCK or (groups > 1 and kind.group_size != _FP8_BLOCK):
         return None
-    return rows * columns + 4 * (rows // _FP8_BLOCK) * groups
+    return rows * columns + 4 * (rows // _FP8_BLOCK) * (-(-groups // 4) * 4)

@@ -26,6 +26,7 @@ def bench_shape(
 ) -> None:
     weight = (torch.randn(out_features, in_features, device="cuda") * 100).clamp(-448, 448)
     codes = weight.to(torch.float8_e4m3fn).view(torch.uint8)
+    # 32 and 112 blocks of columns are whole vectors of 4.
     shape = (out_features // BLOCK, in_features // BLOCK) if in_blocks else (out_features,)
     scales = torch.rand(shape, device="cuda") * 0.001 + 0.0005
     sets = [(codes, scales)] + [(codes.clone(), scales.clone()) for _ in range(copies_for(codes.nbytes) - 1)]

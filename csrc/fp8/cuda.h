@@ -16,7 +16,7 @@ constexpr int kFp8Block = 128;
 // codes = x / scale in e4m3, the nearest and at most ±448. Strides are in elements, rows are contiguous.
 struct QuantiseParams {
   void* codes;         // [tokens, columns] e4m3
-  float* scales;       // [tokens], or [⌈columns / 128⌉, tokens] in blocks, rows scale_stride apart
+  float* scales;       // [tokens], or [tokens, scale_stride] in blocks: zeros past the last
   const void* x;       // [tokens, columns]
   const float* fixed;  // the one scale of all, or null: the largest number of a row, or block, becomes 448
   int tokens, columns;
@@ -34,16 +34,16 @@ struct Fp8Params {
   const void* x;               // [tokens, in_features] e4m3
   const float* x_scales;       // as of QuantiseParams
   const void* weight;          // [out_features, in_features] e4m3; gated: gate rows, then up rows
-  const float* weight_scales;  // [out_features], or [⌈out_features / 128⌉, ⌈in_features / 128⌉] in blocks
+  const float* weight_scales;  // [out_features], or [out_features / 128, scale_stride] in blocks
   const void* bias;            // [out_features] or null
   const void* residual;        // like out, or null; may be out itself
   int tokens, in_features, out_features;
-  int x_scale_stride;  // in blocks: a multiple of 4
+  int scale_stride;  // in blocks, of both: from ⌈in_features / 128⌉ up, a multiple of 4, with zeros past the
+                     // last
   int64_t out_stride, x_stride, weight_stride, residual_stride;
   bool in_blocks;
   bool is_gated;
   Activation activation;  // of the gate
-  int tile;               // EXPERIMENT
 };
 
 // Needs x and weight at 16 bytes, with strides and in_features of whole 16 bytes; in blocks also whole blocks

@@ -45,9 +45,7 @@ struct Tile {
   static constexpr int kTokens = 64 * kWarpgroups, kXRows = kXRows_;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kXChunk = kXRows * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
-  // Scales of a chunk of x: a tile's tokens need not start at a whole vector of them.
-  static constexpr int kScales = kXRows + 4, kScaleChunk = kScales * 4;
-  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk + kScaleChunk);
+  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk);
   // Scale and bias of each column, for each warpgroup, of a tile and the next.
   static constexpr int kColumnBytes = 2 * kWarpgroups * kColumns * static_cast<int>(sizeof(float2));
   // Results leave through shared memory; 16 bytes between rows keep both sides free of bank conflicts.
@@ -65,10 +63,9 @@ struct Place {
   int token, feature, first_token, first_feature;
 };
 
-// The ring in shared memory: barriers of each slot, then slots of x, of weights, and of the scales of x.
+// The ring in shared memory: barriers of each slot, then slots of x, then of weights.
 struct Ring {
   uint32_t full, empty, x, weights;  // addresses of slot 0
-  const float* scales;
 };
 
 // A place in the ring, moving with the stages.
@@ -257,21 +254,9 @@ struct Roles {
 
   __device__ __forceinline__ void bring_x(const CUtensorMap* map) const {
     wait_for_previous();
-    const int scales = kBlocks ? min(S::kScales, p.x_scale_stride) : 0;
-    bring(s.x_rows * kChunk + scales * 4, [&](const Place& here, int chunk, int column, uint32_t barrier) {
+    bring(s.x_rows * kChunk, [&](const Place& here, int chunk, int column, uint32_t barrier) {
       copy_box(ring.x + chunk * S::kXChunk, map, column, here.token, 0, barrier);
-      if constexpr (kBlocks) {
-        // What lies past the last chunk are zeros; any scale does.
-        const int64_t row = min(column / (kChunk / 2), s.chunks - 1);
-        const float* from = p.x_scales + row * p.x_scale_stride + first_scale(here.token);
-        copy_bytes(shared_address(ring.scales) + chunk * S::kScaleChunk, from, scales * 4, barrier);
-      }
     });
-  }
-
-  // The vector of scales at which a copy of them begins: no copy reaches past the row.
-  __device__ __forceinline__ int first_scale(int token) const {
-    return min(token / 4 * 4, max(p.x_scale_stride - S::kScales, 0));
   }
 
   __device__ __forceinline__ Epilogue<T, S::kColumns> epilogue() const {
@@ -293,20 +278,65 @@ struct Roles {
     }
   }
 
-  // The scales of a chunk's weights for the halves of a tile's columns: of the gate and what it gates, if
-  // there is one. Past the last chunk there are only zeros to scale.
-  __device__ __forceinline__ float2 weight_scales(int feature, int chunk) const {
-    if constexpr (!kBlocks) return {};
-    const int second = p.is_gated ? features + feature : feature;
-    const float* scales = p.weight_scales + min(chunk, s.chunks - 1);
-    return {__ldg(scales + feature / kFp8Block * s.chunks), __ldg(scales + second / kFp8Block * s.chunks)};
+  // The scales of four chunks for a thread's two tokens and for the halves of its columns, of the gate and
+  // what it gates if there is one.
+  struct Scales {
+    float4 x[2], weight[2];
+  };
+
+  // What a thread's sums of one chunk are multiplied with, by half of the columns and token.
+  struct Scale {
+    float of[2][2];
+  };
+
+  // Where a thread's scales lie: rows of whole vectors, zeros past the last chunk.
+  struct ScaleRows {
+    const float *x[2], *weight[2];
+
+    __device__ __forceinline__ Scales at(int chunk, int chunks) const {
+      const int four = min(chunk, chunks - 1) / 4;
+      Scales scales;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scales.x[i] = reinterpret_cast<const float4*>(x[i])[four];
+        scales.weight[i] = __ldg(reinterpret_cast<const float4*>(weight[i]) + four);
+      }
+      return scales;
+    }
+  };
+
+  __device__ __forceinline__ ScaleRows scale_rows(Place here, int lane) const {
+    ScaleRows rows{};
+    if constexpr (kBlocks) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t token = min(here.token + lane / 4 + 8 * i, p.tokens - 1);
+        const int feature = here.feature + (p.is_gated && i == 1 ? features : 0);
+        rows.x[i] = p.x_scales + token * p.scale_stride;
+        rows.weight[i] = p.weight_scales + static_cast<int64_t>(feature / kFp8Block) * p.scale_stride;
+      }
+    }
+    return rows;
   }
 
-  // A warpgroup's place among chunks: the slot, the chunk in it, and the scales of its weights.
+  // The first of four chunks, which leaves.
+  __device__ __forceinline__ Scale take(Scales& scales) const {
+    Scale scale{};
+    if constexpr (kBlocks) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scale.of[i / 2][i % 2] = scales.weight[i / 2].x * scales.x[i % 2].x;
+      const auto shift = [](float4& v) { v = {v.y, v.z, v.w, v.w}; };
+#pragma unroll
+      for (int i = 0; i < 2; ++i) shift(scales.x[i]), shift(scales.weight[i]);
+    }
+    return scale;
+  }
+
+  // A warpgroup's place among chunks: the slot and the chunk in it.
   struct Chunk {
     Cursor<S::kStages> at;
     int in_slot;
-    float2 weight_scales;
+    Scale scale;
   };
 
   // Waits for a chunk and starts its sums.
@@ -327,64 +357,69 @@ struct Roles {
 
   // Adds the sums of a chunk, which are done, to the totals and frees the slot with its last one.
   __device__ __forceinline__ void add(float (&total)[S::kColumns / 2], float (&sums)[S::kColumns / 2],
-                                      const Chunk& chunk, int first_scale) const {
+                                      const Chunk& chunk) const {
     products_hold(sums);
-    float scale[2][2];  // of a half of the columns and a token
-    if constexpr (kBlocks) {
-      const float* of_x =
-          ring.scales + (chunk.at.slot * S::kChunks + chunk.in_slot) * S::kScales + first_scale;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scale[0][i] = of_x[8 * i] * chunk.weight_scales.x;
-        scale[1][i] = of_x[8 * i] * chunk.weight_scales.y;
-      }
-    }
     __syncwarp();
     if (chunk.in_slot == S::kChunks - 1 && threadIdx.x % 32 == 0)
       barrier_arrive(ring.empty + 8 * chunk.at.slot);
 #pragma unroll
     for (int i = 0; i < S::kColumns / 2; ++i) {
       if constexpr (kBlocks) {
-        total[i] = fmaf(scale[i / (S::kColumns / 4)][i / 2 % 2], sums[i], total[i]);
+        total[i] = fmaf(chunk.scale.of[i / (S::kColumns / 4)][i / 2 % 2], sums[i], total[i]);
       } else {
         total[i] += sums[i];
       }
     }
   }
 
-  // The totals of a tile: one chunk is summed while the one before is added.
-  __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at, int feature,
-                                      int first_scale, int warpgroup) const {
-    float sums[2][S::kColumns / 2];
-    const int chunks = steps() * S::kChunks;
-    Chunk next{at, 0, weight_scales(feature, 0)}, now;
+  // The totals of a tile. A warpgroup by itself adds a chunk while it sums the next one; two take turns.
+  __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at, Place here,
+                                      int warpgroup) const {
+    const ScaleRows rows = scale_rows(here, threadIdx.x % 32);
+    Scales four{}, next_four{};
+    if constexpr (kBlocks) four = rows.at(0, s.chunks), next_four = rows.at(4, s.chunks);
+    Chunk next{at, 0, {}}, now;
     int brought = 0;
     const auto go_on = [&](float (&free)[S::kColumns / 2]) {
       now = next;
-      next.weight_scales = weight_scales(feature, ++brought);
+      now.scale = take(four);
       start(free, now, warpgroup);
+      if (++brought % 4 == 0 && kBlocks) four = next_four, next_four = rows.at(brought + 4, s.chunks);
       if (S::kChunks == 1 || ++next.in_slot == S::kChunks) next.in_slot = 0, next.at.advance();
     };
-    const auto step = [&](float (&free)[S::kColumns / 2], float (&busy)[S::kColumns / 2]) {
-      const Chunk before = now;
-      go_on(free);
-      products_wait<1>();
-      add(total, busy, before, first_scale);
-    };
-    go_on(sums[0]);
-    int left = chunks - 1;
+    int left = steps() * S::kChunks;
+    if constexpr (S::kWarpgroups == 1) {
+      float sums[2][S::kColumns / 2];
+      const auto step = [&](float (&free)[S::kColumns / 2], float (&busy)[S::kColumns / 2]) {
+        const Chunk before = now;
+        go_on(free);
+        products_wait<1>();
+        add(total, busy, before);
+      };
+      const auto end = [&](float (&busy)[S::kColumns / 2]) {
+        products_wait<0>();
+        add(total, busy, now);
+      };
+      go_on(sums[0]);
 #pragma unroll 1
-    for (; left >= 2; left -= 2) {
-      step(sums[1], sums[0]);
-      step(sums[0], sums[1]);
-    }
-    if (left == 1) {
-      step(sums[1], sums[0]);
-      products_wait<0>();
-      add(total, sums[1], now, first_scale);
+      for (left -= 1; left >= 2; left -= 2) {
+        step(sums[1], sums[0]);
+        step(sums[0], sums[1]);
+      }
+      if (left == 1) {
+        step(sums[1], sums[0]);
+        end(sums[1]);
+      } else {
+        end(sums[0]);
+      }
     } else {
-      products_wait<0>();
-      add(total, sums[0], now, first_scale);
+      float sums[S::kColumns / 2];
+#pragma unroll 1
+      for (; left > 0; --left) {
+        go_on(sums);
+        products_wait<0>();
+        add(total, sums, now);
+      }
     }
     at = next.at;
   }
@@ -402,7 +437,6 @@ struct Roles {
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x, turn ^= 1) {
       Place here = place(tile);
-      const int in_copy = kBlocks ? here.token - first_scale(here.token) + warp * kWarpRows + lane / 4 : 0;
       here.token += warp * kWarpRows;
       // All that the end needs besides the sums, long before.
       const float2 brought = column < S::kColumns ? end.column_of(here, column) : float2{};
@@ -412,7 +446,7 @@ struct Roles {
         for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[min(here.token + lane / 4 + 8 * i, p.tokens - 1)];
       }
       float total[S::kColumns / 2] = {};
-      sum(total, at, here.feature, in_copy, warpgroup);
+      sum(total, at, here, warpgroup);
 
       // No warp is two tiles ahead of another of its warpgroup, so two turns are enough.
       float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
@@ -441,9 +475,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared), slots = base + kHeaderBytes;
   constexpr int kSlots = S::kStages * S::kChunks;
-  uint8_t* const scales = shared + kHeaderBytes + kSlots * (S::kXChunk + S::kWeightChunk);
-  const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk,
-                  reinterpret_cast<const float*>(scales)};
+  const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk};
   const Roles<T, S, kBlocks> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
 
   let_next_start();
@@ -523,6 +555,9 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
                 stream, x_map, weight_map, p, s);
 }
 
+// Up to which a tile has room for more stages, with less of x in each.
+constexpr int kFewTokens = 16;
+
 // Compiled once for each type (sm90_bf16.cu, sm90_f16.cu).
 template <typename T>
 cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t stream) {
@@ -531,7 +566,7 @@ cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t st
     if (p.in_blocks) return launch_tile<T, Tile<__VA_ARGS__>, true>(p, sms, stream); \
     return launch_tile<T, Tile<__VA_ARGS__>, false>(p, sms, stream);
   switch (tile) {
-    TGI_TILE(0, 1, 32, 4, 16)
+    TGI_TILE(0, 1, 32, 4, kFewTokens)
     TGI_TILE(1, 1, 32, 4)
     TGI_TILE(2, 1, 64, 2)
     TGI_TILE(3, 1, 128, 1)

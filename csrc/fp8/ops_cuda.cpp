@@ -30,16 +30,14 @@ const float* scales_of(const Tensor& scales, std::initializer_list<int64_t> shap
   return static_cast<const float*>(scales.const_data_ptr());
 }
 
-// Rows that the copy engine reads whole vectors of, past `tokens` too.
-const float* block_scales_of(const Tensor& scales, int64_t blocks, int64_t tokens, const Tensor& like,
+// Scales of blocks, in rows of whole vectors.
+const float* block_scales_of(const Tensor& scales, int64_t rows, int64_t blocks, const Tensor& like,
                              const char* name) {
-  check_cuda(scales, ScalarType::Float, name);
   check_dims(scales, 2, name);
-  check(scales.get_device_index() == like.get_device_index() && scales.size(0) == blocks &&
-            scales.size(1) >= tokens && scales.size(1) % 4 == 0 && scales.is_contiguous() &&
-            is_aligned(scales.const_data_ptr()),
-        name, " needs ", blocks, " contiguous rows of at least ", tokens, " scales, whole vectors of 4");
-  return static_cast<const float*>(scales.const_data_ptr());
+  check(scales.size(1) == (blocks + 3) / 4 * 4, name, " has rows of ", scales.size(1), " scales; ", blocks,
+        " blocks in whole vectors of 4 are needed");
+  check(is_aligned(scales.const_data_ptr()), name, " does not start on 16 bytes");
+  return scales_of(scales, {rows, scales.size(1)}, like, name);
 }
 
 void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, double bound, bool in_blocks,
@@ -51,7 +49,7 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
   check_shape(codes, {tokens, columns}, "codes");
   check(is_aligned(x.const_data_ptr(), x.stride(0) * 2), "x needs rows that start on 16 bytes");
   if (in_blocks) {
-    block_scales_of(scales, blocks_of(columns), tokens, x, "scales");
+    block_scales_of(scales, tokens, blocks_of(columns), x, "scales");
   } else {
     scales_of(scales, {tokens}, x, "scales");
   }
@@ -64,7 +62,7 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
       .columns = static_cast<int>(columns),
       .code_stride = codes.stride(0),
       .x_stride = x.stride(0),
-      .scale_stride = in_blocks ? scales.stride(0) : 0,
+      .scale_stride = in_blocks ? scales.size(1) : 0,
       .bound = static_cast<float>(bound),
       .in_blocks = in_blocks,
   };
@@ -73,8 +71,7 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
 
 void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
                      const Tensor& weight_scales, bool in_blocks, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out,
-                     int64_t tile) {
+                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out) {
   check_codes(x, x, "x");
   check_codes(weight, x, "weight");
   check_dims(out, 2, "out");
@@ -102,18 +99,18 @@ void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
   const Fp8Params params{
       .out = out.mutable_data_ptr(),
       .x = x.const_data_ptr(),
-      .x_scales = in_blocks ? block_scales_of(x_scales, blocks, tokens, x, "x_scales")
+      .x_scales = in_blocks ? block_scales_of(x_scales, tokens, blocks, x, "x_scales")
                             : scales_of(x_scales, {tokens}, x, "x_scales"),
       .weight = weight.const_data_ptr(),
-      .weight_scales = in_blocks
-                           ? scales_of(weight_scales, {blocks_of(out_features), blocks}, x, "weight_scales")
-                           : scales_of(weight_scales, {out_features}, x, "weight_scales"),
+      .weight_scales =
+          in_blocks ? block_scales_of(weight_scales, blocks_of(out_features), blocks, x, "weight_scales")
+                    : scales_of(weight_scales, {out_features}, x, "weight_scales"),
       .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
       .residual = residual.has_value() ? residual->const_data_ptr() : nullptr,
       .tokens = static_cast<int>(tokens),
       .in_features = static_cast<int>(in_features),
       .out_features = static_cast<int>(out_features),
-      .x_scale_stride = in_blocks ? static_cast<int>(x_scales.size(1)) : 0,
+      .scale_stride = in_blocks ? static_cast<int>(x_scales.size(1)) : 0,
       .out_stride = out.stride(0),
       .x_stride = x.stride(0),
       .weight_stride = weight.stride(0),
@@ -121,7 +118,6 @@ void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
       .in_blocks = in_blocks,
       .is_gated = is_gated,
       .activation = is_gated ? kGates[epilogue - 1] : Activation::silu,
-      .tile = static_cast<int>(tile),
   };
   check_launch(fp8_matmul(params, dtype_of(out, "out"), stream_of(x)), "fp8_matmul");
 }

@@ -106,9 +106,12 @@ __global__ void __launch_bounds__(kMaxThreads) quantise_blocks_kernel(const Quan
   for (int offset = 8; offset > 0; offset /= 2) {
     most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
   }
-  if (first >= p.columns) return;
+  if (first >= p.columns) {
+    if (vec % 16 == 0 && vec / 16 < p.scale_stride) p.scales[token * p.scale_stride + vec / 16] = 0.0f;
+    return;
+  }
   const float scale = p.fixed != nullptr ? *p.fixed : scale_for(most, p.bound);
-  if (vec % 16 == 0) p.scales[vec / 16 * p.scale_stride + token] = scale;
+  if (vec % 16 == 0) p.scales[token * p.scale_stride + vec / 16] = scale;
   uint8_t* codes = static_cast<uint8_t*>(p.codes) + token * p.code_stride;
   *reinterpret_cast<uint2*>(codes + first) = codes_of(x, 1.0f / scale);
 }
@@ -122,7 +125,7 @@ cudaError_t quantise_e4m3(const QuantiseParams& p, DType dtype, cudaStream_t str
   return by_half_dtype(dtype, [&]<typename T>() {
     const int vecs = p.columns / kVec<T>;
     if (p.in_blocks) {
-      const int chunks = (vecs + kMaxThreads - 1) / kMaxThreads;
+      const int chunks = (static_cast<int>(p.scale_stride) * 16 + kMaxThreads - 1) / kMaxThreads;
       return launch(quantise_blocks_kernel<T>, dim3(static_cast<unsigned>(p.tokens) * chunks), kMaxThreads, 0,
                     stream, p, chunks);
     }

@@ -30,7 +30,7 @@ def quantise_e4m3(
         scales = torch.full(groups.shape[:2], fixed, dtype=torch.float32, device=x.device)
     scaled = (groups * (1 / scales).unsqueeze(2)).flatten(1)[:, :columns]
     codes = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-    return codes, scales.T.contiguous() if in_blocks else scales.squeeze(1)
+    return codes, scales if in_blocks else scales.squeeze(1)
 
 
 def widen_rows(codes: Tensor, scales: Tensor) -> Tensor:
