@@ -31,9 +31,9 @@ class PackedFp8:
     """A matrix as the kernels read it, and how its inputs are rounded; made by `pack_fp8`.
 
     codes: [out_features, in_features] uint8. scales: float32, [out_features], or a block each, [out_features / 128,
-    ⌈in_features / 128⌉] filled up with zeros to whole vectors of 4: then inputs have a scale for 128 columns as well. input_scale: [1] float32, of all inputs;
-    None: the largest number of a token, or of its block, becomes the largest of float8. Numbers above input_bound
-    count as that.
+    ⌈in_features / 128⌉] filled up with zeros to whole vectors of 4: then inputs have a scale for 128 columns as well.
+    input_scale: [1] float32, of all inputs; None: the largest number of a token, or of its block, becomes the largest
+    of float8. Numbers above input_bound count as that.
     """
 
     codes: Tensor
@@ -154,8 +154,8 @@ def fp8_matmul(
 
     x: [tokens, in_features], weight: [out_features, in_features]: codes of float8 as uint8, rows of whole 16 bytes.
     x_scales and weight_scales: float32, [tokens] and [out_features], or with in_blocks [tokens, ⌈in_features / 128⌉]
-    and [out_features / 128, ⌈in_features / 128⌉], rows filled up with zeros to whole vectors of 4. bias, residual and out, of `dtype`, as in
-    `fp8_linear`.
+    and [out_features / 128, ⌈in_features / 128⌉], rows filled up with zeros to whole vectors of 4. bias, residual and
+    out, of `dtype`, as in `fp8_linear`.
     Each step after the sums is rounded as the separate ops round it. Raises ValueError for what does not fit.
     """
     check_shape("x", x, ("tokens", "in_features"))
