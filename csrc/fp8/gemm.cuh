@@ -308,6 +308,9 @@ struct Roles {
   __device__ __forceinline__ ScaleRows scale_rows(Place here, int lane) const {
     ScaleRows rows{};
     if constexpr (kBlocks) {
+      // Alike in all lanes, which the compiler must not see: it would wait for loads at once to keep them in
+      // uniform registers.
+      here.feature = __shfl_sync(~0u, here.feature, lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t token = min(here.token + lane / 4 + 8 * i, p.tokens - 1);
@@ -372,7 +375,10 @@ struct Roles {
     }
   }
 
-  // The totals of a tile. A warpgroup by itself adds a chunk while it sums the next one; two take turns.
+  // A warpgroup by itself adds a chunk while it sums the next one, as far as registers go; two take turns.
+  static constexpr bool kTwoSums = S::kWarpgroups == 1 && (!kBlocks || S::kColumns < 128);
+
+  // The totals of a tile.
   __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at, Place here,
                                       int warpgroup) const {
     const ScaleRows rows = scale_rows(here, threadIdx.x % 32);
@@ -388,7 +394,7 @@ struct Roles {
       if (S::kChunks == 1 || ++next.in_slot == S::kChunks) next.in_slot = 0, next.at.advance();
     };
     int left = steps() * S::kChunks;
-    if constexpr (S::kWarpgroups == 1) {
+    if constexpr (kTwoSums) {
       float sums[2][S::kColumns / 2];
       const auto step = [&](float (&free)[S::kColumns / 2], float (&busy)[S::kColumns / 2]) {
         const Chunk before = now;
