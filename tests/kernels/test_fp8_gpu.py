@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -146,9 +148,7 @@ def test_bias_residual_and_gate_round_like_separate_ops(
     wide = wide_x(codes, x_scales, in_blocks=in_blocks)
     exact = wide @ wide_weight(weight, scales, in_blocks=in_blocks).T
 
-    def product(**ending: object) -> Tensor:
-        return fp8_matmul(codes, x_scales, weight, scales, dtype=dtype, in_blocks=in_blocks, **ending)
-
+    product = partial(fp8_matmul, codes, x_scales, weight, scales, dtype=dtype, in_blocks=in_blocks)
     plain, biased = product(), product(bias=bias)
     close(biased, exact + bias.double())
     assert torch.equal(product(residual=residual), residual + plain)
