@@ -19,6 +19,14 @@ STEPS = 128
 LAYER_BYTES = 2 * 32 * 4096 * (4096 * 2 + 1024 * 2 + 14336 * 3)
 WEIGHT_BYTES = LAYER_BYTES + 2 * 4096 * 128256
 KV_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2
+FP8: dict[str, dict[str, object]] = {
+    "fp8-w8a8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "fp8-w8a8 128x128": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
 FLOPS_PER_TOKEN = LAYER_BYTES  # two per weight of two bytes; the head runs on last tokens only
 
 
@@ -82,11 +90,35 @@ def bench(report: Report, roofs: Roofs) -> None:
     engine.warm_up(8192)
     ms, floor_ms = decode_step(engine, 256) * 1e3, _decode_floor_s(256, roofs, kv_share=0.5) * 1e3
     report.add("decode_step", "llama-3.1-8b bf16 fp8-kv B=256", ms, unit="ms", roof=floor_ms)
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    for name, config in FP8.items():
+        bench_fp8(report, roofs, name, config)
 
 
-def _engine(*, fp8_cache: bool = False) -> InProcess:
+def bench_fp8(report: Report, roofs: Roofs, name: str, config: dict[str, object]) -> None:
+    """Weights and inputs of the blocks in float8; embedding, head and cache stay bf16."""
+    engine = _engine(quantization=config)
+    engine.warm_up(8192)
+    for batch in (1, 64):
+        ms = decode_step(engine, batch) * 1e3
+        floor_ms = (_decode_floor_s(batch, roofs) - LAYER_BYTES / 2 / roofs.read) * 1e3
+        report.add("decode_step", f"llama-3.1-8b {name} B={batch}", ms, unit="ms", roof=floor_ms)
+    seconds = min(first_id(engine, 1, 8192) for _ in range(3))
+    report.add("prefill", f"llama-3.1-8b {name} 1x8192", seconds * 1e3, unit="ms")
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _engine(*, fp8_cache: bool = False, quantization: dict[str, object] | None = None) -> InProcess:
     return llama_8b_on_gpu(
-        max_sequences=256, max_total_tokens=16384, max_batch_tokens=8192, fp8_cache=fp8_cache
+        max_sequences=256,
+        max_total_tokens=16384,
+        max_batch_tokens=8192,
+        fp8_cache=fp8_cache,
+        quantization=quantization,
     )
 
 

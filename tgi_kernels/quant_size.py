@@ -11,9 +11,15 @@ from typing import Final, Literal
 # What a code stands for: itself, or a number of a table.
 Values = Literal["integer", "nf4", "fp4", "e2m1", "e4m3"]
 
+# How a format rounds what it multiplies with a matrix: not at all, or to float8 with a scale a token or a block of 128
+# columns. Where no kernel does, inputs stay as they are, which is nearer to the model that was quantised.
+Inputs = Literal["exact", "rows", "blocks"]
+
 _CPU_PANEL: Final = 32  # rows, and codes of a row, that lie together
 _CPU_TABLE_BYTES: Final = 64
 _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
+_FP8_BLOCK: Final = 128  # rows and columns that share a scale
+_FP8_VECTOR: Final = 16  # columns
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class QuantKind:
     offset_bytes: int = 0  # of an offset; 2 where float16 holds all, 0 without any
     is_ordered: bool = False
     is_mixed: bool = False
+    inputs: Inputs = "exact"
 
     def size(self, columns: int) -> int:
         """Columns that share a scale, of so many."""
@@ -57,9 +64,23 @@ def _cpu_bytes(kind: QuantKind, rows: int, columns: int) -> int:
 
 def _gpu_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:
     size = kind.size(columns)
+    if kind.inputs != "exact" and (packed := _fp8_bytes(kind, rows, columns)) is not None:
+        return packed
     if kind.is_mixed or kind.zeros == "none" or kind.scale_bytes != 2 or (size % 16 and size != columns):
         return None
     bits = 4 if kind.bits <= 4 else 8
     strips, pieces = -(-rows // _GPU_EDGE), -(-columns // _GPU_EDGE)
     groups = 1 if size == columns else -(-pieces * _GPU_EDGE // size)
     return strips * _GPU_EDGE * (pieces * _GPU_EDGE * bits // 8 + 4 * groups)
+
+
+def _fp8_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:
+    """Of matrices whose inputs are rounded, too."""
+    groups = columns // kind.size(columns)
+    if kind.values != "e4m3" or columns % _FP8_VECTOR:
+        return None
+    if kind.inputs == "rows":
+        return rows * columns + 4 * rows if groups == 1 else None
+    if rows % _FP8_BLOCK or (groups > 1 and kind.group_size != _FP8_BLOCK):
+        return None
+    return rows * columns + 4 * (rows // _FP8_BLOCK) * (-(-groups // 4) * 4)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
 
 from tgi_kernels._check import check_dtype, check_shape
-from tgi_kernels.quant_size import Values
+from tgi_kernels.quant_size import Inputs, Values
 
 BITS: Final[dict[Values, tuple[int, ...]]] = {
     "integer": (2, 3, 4, 5, 6, 7, 8),
@@ -42,6 +43,8 @@ class QuantWeight:
     A weight has one or the other.
     values: what codes stand for. order: [in_features] int64, the column of x that belongs to each column of codes;
     None: its own.
+    inputs: how x is rounded. input_scale: [1] float32, the stored scale of all x; None: found for each. input_bound:
+    what larger x count as when it is.
     """
 
     codes: Tensor
@@ -52,6 +55,9 @@ class QuantWeight:
     order: Tensor | None = None
     values: Values = "integer"
     offsets: Tensor | None = None
+    inputs: Inputs = "exact"
+    input_scale: Tensor | None = None
+    input_bound: float = inf
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
@@ -79,6 +85,9 @@ class QuantWeight:
             check_shape("offsets", self.offsets, (out_features, groups))
         if self.order is not None:
             check_shape("order", self.order, (in_features,))
+        if self.input_scale is not None:
+            check_dtype("input_scale", self.input_scale, torch.float32)
+            check_shape("input_scale", self.input_scale, (1,))
 
     def to(self, device: torch.device) -> QuantWeight:
         """The same on another device."""
@@ -99,24 +108,27 @@ def fits_together(a: QuantWeight, b: QuantWeight) -> bool:
     """Whether both can be rows of one weight."""
     if (a.bits, a.group_size, a.values, a.scales.dtype) != (b.bits, b.group_size, b.values, b.scales.dtype):
         return False
-    if _tensors(a).keys() != _tensors(b).keys():
+    if _tensors(a).keys() != _tensors(b).keys() or (a.inputs, a.input_bound) != (b.inputs, b.input_bound):
         return False
     return a.order is None or b.order is None or torch.equal(a.order, b.order)
 
 
 def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
-    """The rows of several weights that fit together as one."""
+    """The rows of several weights that fit together as one. Of stored scales of one x the largest holds all of it."""
     rows = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in _tensors(parts[0])
         if name != "order"
     }
+    if "input_scale" in rows:
+        rows["input_scale"] = rows["input_scale"].amax(0, keepdim=True)
     return _with(parts[0], rows)
 
 
 def some_rows(weight: QuantWeight, start: int, stop: int) -> QuantWeight:
     """Rows [start, stop), as far as there are any, as a weight of their own."""
-    parts = {name: tensor[start:stop] for name, tensor in _tensors(weight).items() if name != "order"}
+    shared = ("order", "input_scale")
+    parts = {name: tensor[start:stop] for name, tensor in _tensors(weight).items() if name not in shared}
     return _with(weight, parts)
 
 

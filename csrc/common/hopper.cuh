@@ -82,6 +82,14 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
       : "memory");
 }
 
+// The same, for what others read too.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- bulk tensor copy ----
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {

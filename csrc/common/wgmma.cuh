@@ -1,4 +1,5 @@
-// Hopper's warpgroup products, m64nNk16 of 16-bit operands into fp32. PTX ISA 8.7, section 9.7.15.
+// Hopper's warpgroup products into fp32, m64nNk16 of 16-bit operands and m64nNk32 of e4m3. PTX ISA 8.7,
+// section 9.7.15.
 //
 // A thread's accumulators: element 4j + e is of row 16·warp + g + 8·(e / 2), column 8j + 2t + e % 2, with g =
 // lane / 4 and t = lane % 4. A from registers is four words a step, laid out as for mma.sync.
@@ -8,6 +9,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "common/mma.cuh"
 
 namespace tgi {
 
@@ -81,12 +84,22 @@ __device__ __forceinline__ void products_hold(float (&d)[kCount]) {
                : __VA_ARGS__                                                                              \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
+#define TGI_PRODUCT_E4M3(N, NAMES, A, B, ADD, ...)                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ADD                                           \
+               ", 0;\n"                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" N "k32.f32.e4m3.e4m3 {" NAMES "}, %" A ", %" B \
+               ", p, 1, 1;\n}"                                                                    \
+               : __VA_ARGS__                                                                      \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+
 // The product of 64 rows of `a` with N rows of `b`; a thread has N / 2 accumulators.
 #define TGI_WARPGROUP_MMA(N, COUNT, A, B, ADD)                                                         \
   template <typename T>                                                                                \
   __device__ __forceinline__ void warpgroup_mma(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) { \
     if constexpr (__is_same(T, __half)) {                                                              \
       TGI_PRODUCT_SHARED("f16", N, TGI_NAMES##COUNT, A, B, ADD, TGI_SUMS##COUNT(d));                   \
+    } else if constexpr (__is_same(T, E4M3)) {                                                         \
+      TGI_PRODUCT_E4M3(N, TGI_NAMES##COUNT, A, B, ADD, TGI_SUMS##COUNT(d));                            \
     } else {                                                                                           \
       TGI_PRODUCT_SHARED("bf16", N, TGI_NAMES##COUNT, A, B, ADD, TGI_SUMS##COUNT(d));                  \
     }                                                                                                  \
@@ -142,6 +155,7 @@ TGI_WARPGROUP_MMA_ACROSS("128", 64, "64", "65", "66", "67", "68", "69")
 #undef TGI_SUMS128
 #undef TGI_D16
 #undef TGI_PRODUCT_SHARED
+#undef TGI_PRODUCT_E4M3
 #undef TGI_PRODUCT_REGISTERS
 #undef TGI_WARPGROUP_MMA
 #undef TGI_WARPGROUP_MMA_ACROSS

@@ -160,6 +160,56 @@ def test_logits_have_the_bits_of_the_dequantised_model(tmp_path: Path, case: str
     assert torch.equal(served.step({"a": TOKENS})["a"], load(dense).step({"a": TOKENS})["a"])
 
 
+@pytest.mark.parametrize(
+    ("section", "extra", "inputs", "scale", "bound"),
+    [
+        (FP8, {}, "rows", None, float("inf")),
+        (FP8, {"input_scale": torch.tensor(0.5)}, "rows", None, float("inf")),
+        (
+            FP8 | {"activation_scheme": "static"},
+            {"input_scale": torch.tensor([0.5, 0.25])},
+            "rows",
+            0.5,
+            float("inf"),
+        ),
+        (FBGEMM, {}, "rows", None, 1200.0),
+        (MODELOPT, {"input_scale": torch.tensor(0.25).bfloat16()}, "rows", 0.25, float("inf")),
+    ],
+)
+def test_how_inputs_are_rounded_is_what_the_config_says(
+    section: dict[str, Any], extra: dict[str, Tensor], inputs: str, scale: float | None, bound: float
+) -> None:
+    tensors = {"weight": every_code(200, 320), "weight_scale": scales_of(200, 1)} | extra
+    if section is MODELOPT:
+        tensors["weight_scale"] = torch.tensor(0.5)
+    found = read(section, tensors, 200, 320)
+    assert (found.inputs, found.input_bound) == (inputs, bound)
+    assert found.input_scale is None if scale is None else found.input_scale is not None
+    if found.input_scale is not None:
+        assert found.input_scale.tolist() == [scale]
+
+
+def test_inputs_of_blocks_have_scales_for_blocks_and_weights_alone_have_none() -> None:
+    tensors = {"weight": every_code(200, 320), "weight_scale_inv": scales_of(2, 3)}
+    assert read(BLOCKS, tensors, 200, 320).inputs == "blocks"
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"a": {"targets": ["Linear"], "weights": weights}},
+    }
+    tensors = {"weight": every_code(200, 320), "weight_scale": scales_of(200, 1)}
+    assert read(section, tensors, 200, 320).inputs == "exact"
+    section["config_groups"] = {
+        "a": {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    }
+    assert read(section, tensors, 200, 320).inputs == "rows"
+
+
 def test_modelopts_settings_are_found_in_a_file_of_their_own(tmp_path: Path) -> None:
     section, make = SERVED["modelopt"]
     write_model(tmp_path)

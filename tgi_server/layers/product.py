@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.activation import Gate
+from tgi_kernels.fp8 import fits_fp8, fp8_linear, pack_fp8
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cuda import has_fused_product
@@ -55,11 +56,24 @@ class Quantised:
 
     def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
         is_fused = weights.device.type == "cpu" or has_fused_product(weights.device)
-        self.kind = f"{_format(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
+        self.kind = f"{_unrounded(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
         self.packed = pack_quant(matrix, weights.dtype)
 
     def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return quant_linear(x, self.packed, bias, **ending)
+
+
+class Fp8:
+    """A matrix of float8 whose inputs are rounded to float8 too."""
+
+    def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
+        scales = "stored scales" if matrix.input_scale is not None else "scales by token"
+        scales += " and 128 columns" if matrix.inputs == "blocks" else ""
+        self.kind = f"{_format(weights, matrix)} · activations rounded to e4m3, {scales}"
+        self.packed = pack_fp8(matrix)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return fp8_linear(x, self.packed, bias, **ending)
 
 
 class SideBySide:
@@ -118,9 +132,17 @@ def _product(weights: Weights, run: Sequence[Tensor | QuantWeight | Segments]) -
 def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product:
     """Of matrices of a few bits; of the dense matrix they stand for, where no kernel multiplies them as they are."""
     whole = (stack(parts) if len(parts) > 1 else parts[0]).to(weights.device)
+    if weights.dtype != torch.float32 and fits_fp8(whole):
+        return Fp8(weights, whole)
     if fits_kernels(whole):
         return Quantised(weights, whole)
-    return Dense(weights, [dequantise(whole, weights.dtype)], _format(weights, whole))
+    return Dense(weights, [dequantise(whole, weights.dtype)], _unrounded(weights, whole))
+
+
+def _unrounded(weights: Weights, matrix: QuantWeight) -> str:
+    """The format of a matrix whose inputs stay as they are."""
+    note = "" if matrix.inputs == "exact" else ", activations not rounded"
+    return _format(weights, matrix) + note
 
 
 def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:

@@ -18,7 +18,9 @@ def nearest_e4m3(weight: Tensor) -> QuantWeight:
     scales = _scales(weight, _E4M3_MAX)
     # The cast of some torch releases makes NaN of what exceeds the largest number.
     codes = (weight / scales).clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-    return QuantWeight(codes.view(torch.uint8), scales, None, weight.shape[1], 8, values="e4m3")
+    return QuantWeight(
+        codes.view(torch.uint8), scales, None, weight.shape[1], 8, values="e4m3", inputs="rows"
+    )
 
 
 def nearest_int8(weight: Tensor, group_size: int) -> QuantWeight:

@@ -1,22 +1,23 @@
 """compressed-tensors checkpoints: whole numbers of 2 to 8 bits and floats of 8 and 4, each matrix as `targets` say.
 
-Where a config rounds activations to 8 bits as well ("W8A8") they are left as they are, which is nearer to the model
-that was quantised.
+Where a config rounds activations to 8 bits as well ("W8A8") so does the product of floats on Hopper GPUs. Elsewhere
+they are left as they are, which is nearer to the model that was quantised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, cast
 
+from tgi_kernels.quant_size import Inputs
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 from tgi_server.quantization.eight_bit import (
     Tile,
     block_of,
-    check_input_scale,
     read_e4m3,
+    read_input_scale,
     read_integers,
 )
 from tgi_server.quantization.mxfp4 import GROUP, read_e2m1
@@ -58,6 +59,13 @@ class WeightSettings:
     is_symmetric: bool
     activations: str  # "", or what the format rounds them to: "dynamic", "static"
 
+    @property
+    def inputs(self) -> Inputs:
+        """How inputs of floats are rounded: with scales as fine as those of weights are."""
+        if not self.activations:
+            return "exact"
+        return "rows" if self.group_size == -1 else "blocks"
+
     def tile(self, out_features: int, in_features: int) -> Tile:
         """Rows and columns that share a scale."""
         return (
@@ -95,7 +103,7 @@ class CompressedTensors:
         floats = sorted({group.bits for group in self.groups if group.kind == "float"})
         kinds = [f"{', '.join(map(str, integers))} bit"] if integers else []
         kinds += [f"fp{bits}" for bits in floats]
-        rounded = any(group.activations for group in self.groups)
+        rounded = any(group.activations for group in self.groups if group.kind == "int")
         return f"compressed-tensors {', '.join(kinds)}{', activations not rounded' if rounded else ''}"
 
     @property
@@ -113,15 +121,18 @@ class CompressedTensors:
         if not closeness(name, settings.targets) or closeness(name, self.ignored):
             how = "has it under `ignore`" if closeness(name, self.ignored) else "has no target for it"
             raise StartupError(f"{where} has a weight_scale, but config_groups of its config {how}")
+        stored = None
         if settings.activations:
-            check_input_scale(tensors, name, needed=settings.activations == "static")
+            stored = read_input_scale(tensors, name, needed=settings.activations == "static")
         tile, symmetric = settings.tile(*shape), settings.is_symmetric
         if settings.layout == "pack-quantized":
             return read_packed(tensors, name, settings.bits, settings.group_size, *shape, symmetric=symmetric)
         if settings.layout == "mxfp4-pack-quantized":
             return read_e2m1(tensors, name, *shape)
         if settings.kind == "float":
-            return read_e4m3(tensors, name, tile, f"{name}.weight_scale", *shape)
+            weight = read_e4m3(tensors, name, tile, f"{name}.weight_scale", *shape)
+            static = stored if settings.activations == "static" else None
+            return replace(weight, inputs=settings.inputs, input_scale=static)
         zero_point = None if symmetric else f"{name}.weight_zero_point"
         return read_integers(tensors, name, tile, settings.bits, *shape, zero_point)
 

@@ -116,7 +116,8 @@ def _of_bytes(declared: QuantKind, codes: Entry, scales: Entry, columns: int) ->
     tiles = scales.shape[-1] if len(scales.shape) > 1 else 1
     size = -1 if tiles == 1 else columns // tiles if declared.group_size == -1 else declared.group_size
     if codes.dtype == "F8_E4M3":
-        return fitted(QuantKind(8, size, "e4m3", zeros="none", scale_bytes=4), columns)
+        found = QuantKind(8, size, "e4m3", zeros="none", scale_bytes=4, inputs=declared.inputs)
+        return fitted(found, columns)
     return QuantKind(8, size, scale_bytes=4 if scales.dtype == "F32" else 2)
 
 

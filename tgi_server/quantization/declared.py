@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tgi_kernels.quant_size import QuantKind
+from tgi_kernels.quant_size import Inputs, QuantKind
 
 Section = Mapping[str, object]
 
@@ -24,14 +24,13 @@ GGUF: Final = {
 }
 _NF4: Final = QuantKind(4, 64, "nf4", zeros="none", scale_bytes=4)
 _FP4: Final = QuantKind(4, 64, "fp4", zeros="none", scale_bytes=4)
-_E4M3: Final = QuantKind(8, -1, "e4m3", zeros="none", scale_bytes=4)
 # What `--quantize` makes of a dense checkpoint while it loads.
 ON_LOAD: Final = {
     "bitsandbytes": QuantKind(8, -1),
     "bitsandbytes-nf4": _NF4,
     "bitsandbytes-fp4": _FP4,
     "eetq": QuantKind(8, -1),
-    "fp8": _E4M3,
+    "fp8": QuantKind(8, -1, "e4m3", zeros="none", scale_bytes=4, inputs="rows"),
 }
 
 
@@ -57,7 +56,9 @@ def _compressed_tensors(section: Section) -> QuantKind | None:
     if not isinstance(weights, Mapping):
         return None
     if weights.get("type") == "float":
-        return _e4m3(weights.get("block_structure")) if weights.get("num_bits") == 8 else None
+        rounds = bool(first.get("input_activations")) if isinstance(first, Mapping) else False
+        block = weights.get("block_structure")
+        return _e4m3(block, rounds_inputs=rounds) if weights.get("num_bits") == 8 else None
     has_zeros = weights.get("symmetric", True) is not True
     return _integers(weights.get("num_bits", 4), weights.get("group_size") or -1, has_zeros=has_zeros)
 
@@ -69,7 +70,7 @@ def _bitsandbytes(section: Section) -> QuantKind | None:
 
 
 def _fp8(section: Section) -> QuantKind | None:
-    return _e4m3(section.get("weight_block_size"))
+    return _e4m3(section.get("weight_block_size"), rounds_inputs=True)
 
 
 def _exl2(section: Section) -> QuantKind | None:
@@ -83,10 +84,12 @@ def _gguf(section: Section) -> QuantKind | None:
     return GGUF.get(str(types[0])) if isinstance(types, list) and types else None
 
 
-def _e4m3(block: object) -> QuantKind:
+def _e4m3(block: object, *, rounds_inputs: bool) -> QuantKind:
     """block: rows and columns, if it is a list."""
-    size = block[1] if isinstance(block, list) and len(block) == 2 else -1
-    return QuantKind(8, size if type(size) is int else -1, "e4m3", zeros="none", scale_bytes=4)
+    given = block[1] if isinstance(block, list) and len(block) == 2 else -1
+    size = given if type(given) is int else -1
+    inputs: Inputs = "exact" if not rounds_inputs else "rows" if size == -1 else "blocks"
+    return QuantKind(8, size, "e4m3", zeros="none", scale_bytes=4, inputs=inputs)
 
 
 def _integers(

@@ -50,6 +50,7 @@ class DummyScheme:
             torch.arange(in_features, device=dense.device).flip(0) if kind.is_ordered else None,
             kind.values,
             torch.zeros(groups, device=dense.device) if kind.offset_bytes else None,
+            inputs=kind.inputs,
         )
 
 

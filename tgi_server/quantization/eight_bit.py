@@ -1,7 +1,7 @@
 """Matrices of one byte a weight beside their scales: float8 (e4m3) and whole numbers.
 
 FP8 formats and those of 8-bit weights and activations ("W8A8") differ in the names of tensors and in which rows and
-columns share a scale. Activations are not rounded here, whatever the format would do with them at run time.
+columns share a scale.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def check_positive(tensors: Tensors, name: str, scales: Tensor) -> Tensor:
     return scales
 
 
-def check_input_scale(tensors: Tensors, name: str, *, needed: bool) -> None:
-    """Raises StartupError if matrix `name` has no scale of its inputs though needed, or one that is damaged.
+def read_input_scale(tensors: Tensors, name: str, *, needed: bool) -> Tensor | None:
+    """The scale of matrix `name`'s inputs, the largest if there are several: [1] float32; None if there is none.
 
-    It is not used: inputs are not rounded.
+    Raises StartupError if it is needed and missing, or damaged.
     """
     names = tensors.names()
     found = [leaf for leaf in ("input_scale", "activation_scale") if f"{name}.{leaf}" in names]
@@ -102,9 +102,11 @@ def check_input_scale(tensors: Tensors, name: str, *, needed: bool) -> None:
             f"{tensors.folder}: its config says that activations are scaled by stored numbers (static), but there is "
             f"no {name}.input_scale"
         )
-    for leaf in found:
-        scale = f"{name}.{leaf}"
+    scales = [
         check_positive(tensors, scale, read_as(tensors, scale, tensors.shape(scale), *_SCALES))
+        for scale in (f"{name}.{leaf}" for leaf in found)
+    ]
+    return scales[0].float().amax().view(1) if scales else None
 
 
 def block_of(section: Section, key: str, where: str) -> Tile | None:

@@ -3,18 +3,19 @@
 weight float8 (e4m3) [out, in]; weight_scale, or weight_scale_inv, which is multiplied with all the same: one number,
 one a row, or one a block [⌈out / rows⌉, ⌈in / columns⌉]; input_scale where inputs are scaled by stored numbers.
 
-The formats round inputs to e4m3 as well. They are left as they are, which is nearer to the model that was quantised.
+The formats round inputs to e4m3 as well, and so does the product on Hopper GPUs. Elsewhere they are left as they are,
+which is nearer to the model that was quantised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import inf, prod
 
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
-from tgi_server.quantization.eight_bit import Tile, block_of, check_input_scale, read_e4m3
+from tgi_server.quantization.eight_bit import Tile, block_of, read_e4m3, read_input_scale
 from tgi_server.quantization.scheme import Section, Tensors, choice
 
 
@@ -25,6 +26,7 @@ class Fp8:
     origin: str
     block: Tile | None  # None: a scale a matrix or a row, as its shape says
     is_static: bool  # inputs are scaled by stored numbers
+    bound: float = inf  # that larger inputs count as
 
     @classmethod
     def from_section(cls, section: Section, where: str) -> Fp8:
@@ -40,7 +42,7 @@ class Fp8:
         bound = section.get("activation_scale_ub", 1200.0)
         if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
             raise StartupError(f"{where}: activation_scale_ub is {bound!r}; a positive number is needed")
-        return cls("fbgemm_fp8", None, is_static=False)
+        return cls("fbgemm_fp8", None, is_static=False, bound=float(bound))
 
     @classmethod
     def from_modelopt(cls, section: Section, where: str) -> Fp8:
@@ -55,7 +57,7 @@ class Fp8:
     @property
     def title(self) -> str:
         block = f" in blocks of {self.block[0]}×{self.block[1]}" if self.block else ""
-        return f"{self.origin} e4m3{block}, activations not rounded"
+        return f"{self.origin} e4m3{block}"
 
     @property
     def leaf(self) -> str:
@@ -68,10 +70,16 @@ class Fp8:
         scale = self._scale(tensors, name)
         if scale is None:
             raise StartupError(f"{tensors.folder} has no {name}.weight_scale")
-        check_input_scale(tensors, name, needed=self.is_static)
+        stored = read_input_scale(tensors, name, needed=self.is_static)
         is_one = prod(tensors.shape(scale)) == 1
         tile = self.block or ((out_features, in_features) if is_one else (1, in_features))
-        return read_e4m3(tensors, name, tile, scale, out_features, in_features)
+        weight = read_e4m3(tensors, name, tile, scale, out_features, in_features)
+        return replace(
+            weight,
+            inputs="blocks" if self.block else "rows",
+            input_scale=stored if self.is_static else None,
+            input_bound=self.bound,
+        )
 
     def _scale(self, tensors: Tensors, name: str) -> str | None:
         names = tensors.names()
