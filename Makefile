@@ -1,4 +1,4 @@
-# make serve    serve a model on 127.0.0.1 (MODEL=folder or Hub id, PORT=3000)
+# make serve    serve a model on 127.0.0.1 (MODEL=folder, .gguf file or Hub id, PORT=3000)
 # make test     everything that can be checked without a GPU
 # make cuda     compile the CUDA kernels too (ARCHS=90a)
 # make clean    remove what the build made; the virtual environment and models stay
@@ -41,7 +41,7 @@ $(VENV)/.environment: constraints-cpu.txt pyproject.toml
 
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 	@echo "building the extensions and installing tgi-server"
-	@$(PIP) install -c constraints-cpu.txt --no-build-isolation --editable '.[gguf]'
+	@$(PIP) install -c constraints-cpu.txt --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed

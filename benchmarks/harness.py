@@ -76,7 +76,7 @@ class Record:
 
 @dataclass
 class Report:
-    """Collects records; the table is for people, the JSON lines for `plot.py` and the next session."""
+    """Collects records; the table is for people, the JSON lines for `plot.py` and the next run."""
 
     device: str
     csrc_sha256: str

@@ -90,6 +90,7 @@ class Watched:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.num_pages = runner.num_pages
+        self.matrices = runner.matrices
         self.waited_s = 0.0
         self.steps = 0
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.harness import ROOT, Report, csrc_sha256, device_name
 
 _CLOCKS = {"clocks.sm": "MHz", "clocks.mem": "MHz", "power.draw": "W", "temperature.gpu": "°C"}
-_CPU = ("benchmarks.cpu", "benchmarks.frontend")
+_CPU = ("benchmarks.cpu", "benchmarks.cpu_quant", "benchmarks.frontend")
 _WHOLE_SERVERS = ("benchmarks.decode", "benchmarks.offline", "benchmarks.serving_gpu", "benchmarks.startup")
 
 

@@ -14,9 +14,10 @@ from benchmarks.serving_gpu import figures
 
 
 def test_the_figures_of_a_load_are_percentiles_of_its_requests() -> None:
-    traces = [Trace(0.0, [0.1, 0.2, 0.4]), Trace(1.0, [1.3, 1.4, 1.5])]
+    # The second answer has a letter of two tokens in one event.
+    traces = [Trace(0.0, [0.1, 0.2, 0.4], tokens=3), Trace(1.0, [1.3, 1.4, 1.6], tokens=4)]
     found = figures(traces)
-    assert found["output tokens"] == pytest.approx(6 / 1.5)
+    assert found["output tokens"] == pytest.approx(7 / 1.6)
     assert (found["ttft p50"], found["ttft p99"]) == (pytest.approx(100), pytest.approx(300))
     assert (found["tpot p50"], found["tpot p99"]) == (pytest.approx(100), pytest.approx(150))
     assert found["itl p99"] == pytest.approx(200)

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
 from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED
+from tgi_kernels.quant_cpu import PackedCpu, fits_cpu, pack_cpu
 from tgi_kernels.quant_cuda import PackedCuda, fits_cuda, pack_cuda, quant_matmul
 from tgi_kernels.quant_weight import QuantWeight
 
 register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
 
-PANEL = 32  # output features that CPU kernels work on together
-
-
-@dataclass(frozen=True)
-class PackedCpu:
-    """A weight in the layout of the CPU kernels; made by `pack_quant`."""
-
-    words: Tensor  # int32 [panels, in_features / codes of a word, 32]
-    scales: Tensor  # float32 [panels, groups, 32]
-    offsets: Tensor  # the same: -zero · scale
-    out_features: int
-    in_features: int
-    group_size: int
-    bits: int
-    order: Tensor | None
-
-
 PackedQuant = PackedCpu | PackedCuda
+GATES: tuple[Gate | None, ...] = (None, "silu", "gelu", "gelu_tanh")  # in the order of csrc/quant/ops.cpp
 
 
 def fits_kernels(weight: QuantWeight) -> bool:
     """Whether `pack_quant` takes it on its device; another has to be multiplied as the dense matrix it stands for."""
-    if weight.codes.is_cuda:
-        return fits_cuda(weight)
-    return weight.zeros is not None and weight.scales.dtype != torch.float32
+    return fits_cuda(weight) if weight.codes.is_cuda else fits_cpu(weight)
 
 
 def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> PackedQuant:
@@ -49,22 +29,7 @@ def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Packe
 
     dtype: of activations; on CPUs float32. Raises ValueError for what the kernels cannot hold.
     """
-    if weight.codes.is_cuda:
-        return pack_cuda(weight, dtype)
-    if weight.zeros is None or not fits_kernels(weight):
-        raise ValueError("integers with zeros and scales of 16 bits are multiplied; `dequantise` others")
-    out_features, in_features = weight.codes.shape
-    bits = 4 if weight.bits <= 4 else 8
-    return PackedCpu(
-        _words(weight.codes, bits),
-        _panels(weight.scales.float()),
-        _panels(-weight.zeros.float() * weight.scales.float()),
-        out_features,
-        in_features,
-        weight.group_size,
-        bits,
-        weight.order,
-    )
+    return pack_cuda(weight, dtype) if weight.codes.is_cuda else pack_cpu(weight)
 
 
 def quant_linear(
@@ -84,36 +49,51 @@ def quant_linear(
     The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
     those of x are in the order of the codes: for any number of tokens and threads.
     """
-    if gate is not None:
-        if residual is not None:
-            raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
-        return GATED[gate](quant_linear(x, packed, bias), out)
+    if gate is not None and residual is not None:
+        raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
     if isinstance(packed, PackedCuda):
-        return quant_matmul(x, packed, bias, residual=residual, out=out)
+        product = quant_matmul(x, packed, bias, residual=residual, out=out if gate is None else None)
+        return product if gate is None else GATED[gate](product, out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
+    width = packed.out_features if gate is None else _half(packed.out_features)
     if out is None:
-        out = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
-    else:
-        check_shape("out", out, (x.shape[0], packed.out_features))
+        out = torch.empty((x.shape[0], width), dtype=torch.float32)
+    elif out.shape[-1] != width:
+        _check_out(out, x, width)
     try:
         ops.quant_linear(
             x,
             packed.words,
             packed.scales,
-            packed.offsets,
-            packed.bits,
+            packed.shifts,
+            packed.has_zeros,
+            packed.zero,
+            packed.table,
+            packed.is_e4m3,
             packed.group_size,
             bias,
             residual,
+            GATES.index(gate),
             out,
         )
     except RuntimeError:
         _check(x, packed, bias, residual)
-        check_alike("out", out, "x", x)
-        check_contiguous("out", out)
+        _check_out(out, x, width)
         raise
     return out
+
+
+def _half(columns: int) -> int:
+    if columns % 2:
+        raise ValueError(f"the product has {columns} columns; gate and up side by side make an even number")
+    return columns // 2
+
+
+def _check_out(out: Tensor, x: Tensor, width: int) -> None:
+    check_shape("out", out, (x.shape[0], width))
+    check_alike("out", out, "x", x)
+    check_contiguous("out", out)
 
 
 def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -125,20 +105,3 @@ def _check(x: Tensor, packed: PackedCpu, bias: Tensor | None, residual: Tensor |
     if residual is not None:
         check_shape("residual", residual, (x.shape[0], packed.out_features))
         check_alike("residual", residual, "x", x)
-
-
-def _panels(values: Tensor) -> Tensor:
-    """[out_features, columns] to [panels, columns, 32], zeros where the last panel has no feature."""
-    padded: Tensor = functional.pad(values, (0, 0, 0, -len(values) % PANEL))
-    panels: Tensor = padded.unflatten(0, (-1, PANEL))
-    return panels.transpose(1, 2).contiguous()
-
-
-def _words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [out_features, in_features] to words [panels, words, 32], a word's first code in its lowest bits."""
-    count = 32 // bits
-    padded = functional.pad(codes, (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
-    words = torch.zeros(padded.shape[:2], dtype=torch.int32, device=codes.device)
-    for i in range(count):
-        words |= padded[:, :, i].int() << (bits * i)
-    return _panels(words)

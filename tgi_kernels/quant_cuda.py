@@ -124,13 +124,14 @@ def dequantise_packed(packed: PackedCuda) -> Tensor:
     return out
 
 
+def has_fused_product(device: torch.device) -> bool:
+    """Whether weights are widened in registers there: on Hopper."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _is_fused(x: Tensor) -> bool:
-    """Whether the fused product runs: on Hopper, for rows that the bulk copy engine takes."""
-    return (
-        x.data_ptr() % 16 == 0
-        and x.stride(0) * x.element_size() % 16 == 0
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
-    )
+    """Whether the fused product runs: where there is one, for rows that the bulk copy engine takes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and has_fused_product(x.device)
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:

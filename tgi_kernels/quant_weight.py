@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
 
 from tgi_kernels._check import check_dtype, check_shape
+from tgi_kernels.quant_size import Values
 
-# What a code stands for: itself, or a number of a table.
-Values = Literal["integer", "nf4", "fp4", "e2m1", "e4m3"]
 BITS: Final[dict[Values, tuple[int, ...]]] = {
     "integer": (2, 3, 4, 5, 6, 7, 8),
     "nf4": (4,),
@@ -113,6 +112,12 @@ def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
         if name != "order"
     }
     return _with(parts[0], rows)
+
+
+def some_rows(weight: QuantWeight, start: int, stop: int) -> QuantWeight:
+    """Rows [start, stop), as far as there are any, as a weight of their own."""
+    parts = {name: tensor[start:stop] for name, tensor in _tensors(weight).items() if name != "order"}
+    return _with(weight, parts)
 
 
 def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from typing import NoReturn
 
 from tgi_server.bench.options import add_options
 from tgi_server.completion import COMMANDS, SCRIPTS
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsers["completion"].add_argument("shell", choices=sorted(SCRIPTS))
     add_quantize(parsers["quantize"])
     add_eval(parsers["eval"])
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(parsers[arguments.command], unknown)
     if arguments.command in ("quantize", "eval"):
         return _on_weights("tgi-server", arguments)
     given = vars(arguments)
@@ -73,7 +78,19 @@ def launcher(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", "-V", action="version", version=f"tgi-server {_version('tgi-server')}")
     add_flags(parser, launcher=True)
-    return _run("text-generation-launcher", _serve, vars(parser.parse_args(argv)), launcher=True)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(parser, unknown)
+    return _run("text-generation-launcher", _serve, vars(arguments), launcher=True)
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """End with status 2, naming what was mistyped and what was perhaps meant."""
+    typed = unknown[0].partition("=")[0]
+    options = re.findall(r"--[a-z][a-z0-9-]*", parser.format_help())
+    near = difflib.get_close_matches(typed, set(options), n=3, cutoff=0.75)
+    hint = f"; similar: {', '.join(near)}" if near else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _run(program: str, command: Command, given: dict[str, object], *, launcher: bool) -> int:
@@ -86,10 +103,16 @@ def _run(program: str, command: Command, given: dict[str, object], *, launcher: 
             print(_environment_report(), flush=True)
         _prepare(values)
         extra = {name: os.environ.get(name.upper()) for name in ("cuda_visible_devices",)}
-        return command(given, {**values, **extra}, warnings)
+        status = command(given, {**values, **extra}, warnings)
+        sys.stdout.flush()
+        return status
     except StartupError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who read the output has enough, as `head` has. Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _on_weights(program: str, arguments: argparse.Namespace) -> int:

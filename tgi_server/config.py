@@ -10,6 +10,7 @@ from pathlib import Path
 from tgi_server.errors import StartupError
 
 PAGE_TOKENS = 16  # tokens a KV page holds: 16 rows are one TMA box, see docs/structure.md
+MAX_LAYERS = 4096  # an order above any model: what is worked out for each layer ends in a moment
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ModelConfig:
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=_integer(config, "intermediate_size"),
-            num_layers=_integer(config, "num_hidden_layers"),
+            num_layers=_integer(config, "num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=_integer(config, "head_dim", hidden // heads),
@@ -98,7 +99,9 @@ class EngineConfig:
     fp8_cache: bool = False  # keys and values are float8 (e4m3), on a GPU
     memory_fraction: float = 1.0  # of a GPU's memory, that this server may take
     dummy_weights: bool = False  # random ones, for measuring
+    quantize: str = ""  # the format weights are in, or get while they load; "": as the checkpoint says
     cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
+    page_ids: tuple[int, ...] = ()  # text that the model has to foretell before it is served; empty: none
     log_level: str = "info"
     log_as_json: bool = False
 
@@ -152,12 +155,16 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _integer(config: Mapping[str, object], key: str, default: int | None = None) -> int:
+def _integer(
+    config: Mapping[str, object], key: str, default: int | None = None, *, most: int = 1 << 40
+) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise StartupError(f"config.json: {key} is {value!r}; a positive whole number is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise StartupError(
+            f"config.json: {key} is {repr(value)[:80]}; a positive whole number up to {most} is needed"
+        )
     return value
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tgi_kernels
-from tgi_server.checkpoint.headers import check_files, check_layers, stored_types
+from tgi_server.checkpoint.headers import check_files, check_layers, stored_tensors
 from tgi_server.checkpoint.hub import model_folder
 from tgi_server.checkpoint.verify import verify
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
@@ -27,6 +27,7 @@ from tgi_server.memory_plan import (
     table,
 )
 from tgi_server.options import keys_of
+from tgi_server.quantization.contents import KNOWN_FORMATS, Contents, contents_of
 
 log = logging.getLogger("tgi_server")
 
@@ -55,12 +56,13 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
     """
     folder = model_folder(str(values["model_id"]), _text(values, "revision"), only_config=True)
     model = ModelConfig.from_folder(folder)
-    if not can_plan(model):
+    contents = _contents(values, folder, model)
+    if not can_plan(model, contents):
         raise StartupError(
-            f"{folder}: planned are {', '.join(PLANNED_TYPES)} that are not quantised; this is "
-            f"{model.model_type!r}{', quantised' if model.raw.get('quantization_config') else ''}"
+            f"{folder}: planned are {', '.join(PLANNED_TYPES)}, dense or of {', '.join(KNOWN_FORMATS)}; this is "
+            f"{model.model_type!r}{f', of {contents.method}' if contents.method else ''}"
         )
-    asked, stored = _asked(values, folder, model), stored_types(folder)
+    asked = _asked(values, folder, model)
     wanted = str(values["device"])
     on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted, values) == "cuda"
     fraction = float(str(values["cuda_memory_fraction"]))
@@ -71,7 +73,15 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
     else:
         memory_bytes = _free_gpu_bytes(fraction)
     degrees = [ranks for ranks in DEGREES if can_split(model, ranks)] if on_gpu else [1]
-    return [plan_memory(model, stored, asked, memory_bytes, on_gpu=on_gpu, ranks=ranks) for ranks in degrees]
+    return [
+        plan_memory(model, contents, asked, memory_bytes, on_gpu=on_gpu, ranks=ranks) for ranks in degrees
+    ]
+
+
+def _contents(values: Values, folder: Path, model: ModelConfig) -> Contents:
+    """What the checkpoint holds; made-up weights are what its config says."""
+    tensors = {} if values["load_format"] == "dummy" else stored_tensors(folder)
+    return contents_of(model.raw, folder, tensors, str(values["quantize"] or ""))
 
 
 def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
@@ -125,7 +135,9 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
     # On a GPU this is a bound: the engine counts, by the same arithmetic, when the weights are there.
     num_pages = asked.cache_tokens // PAGE_TOKENS
     if device == "cpu":
-        plan = plan_memory(model, stored_types(folder), asked, usable_memory_bytes(), on_gpu=False)
+        plan = plan_memory(
+            model, _contents(values, folder, model), asked, usable_memory_bytes(), on_gpu=False
+        )
         plan.check()
         num_pages = plan.pages
         for line in table([plan]).splitlines():
@@ -146,6 +158,7 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         fp8_cache=asked.fp8_cache,
         memory_fraction=float(str(values["cuda_memory_fraction"])),
         dummy_weights=values["load_format"] == "dummy",
+        quantize=_text(values, "quantize") or "",
         log_level=str(values["log_level"]),
         log_as_json=values["json_output"] is True,
     )
@@ -158,7 +171,8 @@ def _server(values: Values, folder: Path, model_id: str, engine: EngineConfig) -
             f"--max-input-tokens is {most_input}, but --max-total-tokens is {engine.max_total_tokens}, of which the "
             "answer needs at least one"
         )
-    name = folder.resolve().name if str(folder) == model_id else model_id
+    local = Path(model_id).expanduser()
+    name = local.resolve().name.removesuffix(".gguf") if local.exists() else model_id
     return ServerConfig(
         model=folder,
         model_id=str(values["served_model_name"] or name),

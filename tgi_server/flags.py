@@ -167,13 +167,18 @@ _MODEL, _LIMITS, _HTTP = "model", "limits", "HTTP"
 _ACCESS, _LOGS, _MACHINE = "keys and TLS", "logs and metrics", "machine"
 _COMPATIBLE, _REFUSED = "accepted without effect", "refused"
 
+QUANTIZE: Final = (
+    "awq", "awq_marlin", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2",
+    "fp8", "gguf", "gptq", "gptq_marlin", "marlin",
+)  # fmt: skip
 GROUPS: Final = (_MODEL, _LIMITS, _HTTP, _ACCESS, _LOGS, _MACHINE, _COMPATIBLE, _REFUSED)
 
 _tokens = whole(2, 1 << 24)
 
 FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
-        "model-id", _MODEL, "folder with a Hugging Face checkpoint, or a Hub id (owner/name)",
+        "model-id", _MODEL,
+        "folder with a Hugging Face checkpoint, a GGUF file, or a Hub id (owner/name, owner/name/file.gguf)",
         others=("model", "model-path"),
     ),
     Flag("revision", _MODEL, "branch, tag or commit of a model on the Hub; by default its main branch"),
@@ -199,6 +204,16 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag("huggingface-hub-cache", _MODEL, "folder for models from the Hub", others=("download-dir",)),
     Flag(
         "verify", _MODEL, "compare all files with the Hub's checksums, or those of a file SHA256SUMS, before loading",
+        boolean, False, is_switch=True,
+    ),
+    Flag(
+        "quantize", _MODEL,
+        "give a dense model's matrices fewer bits while it loads: bitsandbytes-nf4, bitsandbytes-fp4, fp8, eetq or "
+        "bitsandbytes (both int8). A checkpoint that is quantised says so itself; naming its format here is checked",
+        one_of(*QUANTIZE), others=("quantization", "-q"),
+    ),
+    Flag(
+        "quality-check", _MODEL, "refuse to serve a model that foretells English no better than counting its words",
         boolean, False, is_switch=True,
     ),
     Flag(
@@ -326,7 +341,6 @@ FLAGS: Final[tuple[Flag, ...]] = (
     _refused(
         "num-shard", "a server uses one device", "tensor-parallel-size", "-tp", "tp", neutral=("1",)
     ),
-    _refused("quantize", "a checkpoint's config says how it is quantised", "quantization", "-q"),
     _refused("weights-cache-override", "give that folder as --model-id"),
     _refused("rope-scaling", "write it into the model's config.json"),
     _refused("rope-factor", "write it into the model's config.json"),

@@ -5,12 +5,14 @@ Plain numbers in, plain numbers out: no device is asked here and no file is read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from tgi_server.config import PAGE_TOKENS, ModelConfig
 from tgi_server.errors import StartupError
+from tgi_server.quantization.contents import Contents
+from tgi_server.weight_bytes import kv_heads_of, weights_bytes
 
 # A GPU's part that weights and KV cache leave free at least: activations, tables, graphs, the allocator's rounding.
 GPU_RESERVE_BYTES: Final = 4 << 30
@@ -26,8 +28,6 @@ _CPU_PROCESSES_BYTES: Final = 260_000_000
 DEGREES: Final = (1, 2, 4, 8)  # tensor-parallel ranks of the table
 PLANNED_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")  # what is built of the matrices counted here
 
-_ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
-_STORED: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # config.json's words for them
 _GIB: Final = 1 << 30
 
 
@@ -126,7 +126,7 @@ def check_pages(pages: int, page_bytes: int, pages_per_sequence: int, beside: st
 
 def plan_memory(
     model: ModelConfig,
-    stored: Mapping[str, str],
+    contents: Contents,
     asked: Asked,
     memory_bytes: int,
     *,
@@ -135,10 +135,10 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide `memory_bytes`, those of one of `ranks` devices that `can_split` is true of.
 
-    stored: the type of each tensor as safetensors writes it; config.json's type is taken for what is absent.
+    contents: of the checkpoint; without tensors, config.json's type is taken.
     """
-    kv_heads = _kv_heads(model, ranks)
-    weights = _weights_bytes(model, stored, ranks, on_gpu)
+    kv_heads = kv_heads_of(model, ranks)
+    weights = weights_bytes(model, contents, ranks, on_gpu=on_gpu)
     activations = _activation_bytes(model, asked, ranks, on_gpu) + _table_bytes(model, asked)
     graphs = _graph_count(asked.sequences) * _GRAPH_BYTES if on_gpu else 0
     reserve = _CPU_PROCESSES_BYTES
@@ -154,9 +154,9 @@ def plan_memory(
     return MemoryPlan(ranks, on_gpu, asked, memory_bytes, weights, activations, graphs, reserve, page, pages)
 
 
-def can_plan(model: ModelConfig) -> bool:
-    """Whether the matrices counted here are all that the model has, and are stored as they are."""
-    return model.model_type in PLANNED_TYPES and not model.raw.get("quantization_config")
+def can_plan(model: ModelConfig, contents: Contents) -> bool:
+    """Whether the matrices counted here are all that the model has, and how they are stored is known."""
+    return model.model_type in PLANNED_TYPES and contents.are_known
 
 
 def can_split(model: ModelConfig, ranks: int) -> bool:
@@ -165,61 +165,11 @@ def can_split(model: ModelConfig, ranks: int) -> bool:
     return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
-def _kv_heads(model: ModelConfig, ranks: int) -> int:
-    """Those of one rank."""
-    return max(1, model.num_kv_heads // ranks)
-
-
-def _weights_bytes(model: ModelConfig, stored: Mapping[str, str], ranks: int, on_gpu: bool) -> int:
-    """What the weights of one rank take once loaded.
-
-    GPUs hold matrices in 16 bits; CPUs hold bf16 as it is and widen all else to fp32. The embedding keeps its type.
-    """
-    word = model.raw.get("dtype", model.raw.get("torch_dtype"))
-    default = _STORED.get(str(word), "F32")
-    total = 0
-    for name, values in _tensors(model, stored, ranks):
-        kind = stored.get(name, default)
-        if name == _EMBEDDING:
-            total += values * (2 if on_gpu else _ITEM_BYTES.get(kind, 4))
-            kind_of_head = kind if model.tie_embeddings else stored.get("lm_head.weight", default)
-            total += values * (2 if on_gpu or kind_of_head == "BF16" else 4)
-        elif name.endswith("_proj.weight"):
-            total += values * (2 if on_gpu or kind == "BF16" else 4)
-        else:
-            total += values * (2 if on_gpu else 4)
-    return total
-
-
-_EMBEDDING: Final = "model.embed_tokens.weight"
-
-
-def _tensors(model: ModelConfig, stored: Mapping[str, str], ranks: int) -> Iterator[tuple[str, int]]:
-    """Names of the tensors that are loaded, and how many values of each one rank has. The head is the embedding's size.
-
-    Biases are counted as far as the checkpoint has them.
-    """
-    hidden, inner = model.hidden_size, -(-model.intermediate_size // ranks)
-    q, kv = model.num_heads // ranks * model.head_dim, _kv_heads(model, ranks) * model.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    yield _EMBEDDING, -(-model.vocab_size // ranks) * hidden
-    yield "model.norm.weight", hidden
-    for layer in range(model.num_layers):
-        at = f"model.layers.{layer}"
-        for part, matrices in (("self_attn", attention), ("mlp", mlp)):
-            for name, (rows, columns) in matrices.items():
-                yield f"{at}.{part}.{name}.weight", rows * columns
-                if f"{at}.{part}.{name}.bias" in stored:
-                    yield f"{at}.{part}.{name}.bias", rows
-        yield f"{at}.input_layernorm.weight", 2 * hidden  # and the other norm
-
-
 def _activation_bytes(model: ModelConfig, asked: Asked, ranks: int, on_gpu: bool) -> int:
     """Values of the largest step that are alive at once: a layer's for each token, three copies of the logits."""
     heads, kv_heads, inner = (
         model.num_heads // ranks,
-        _kv_heads(model, ranks),
+        kv_heads_of(model, ranks),
         -(-model.intermediate_size // ranks),
     )
     attention = 4 * model.hidden_size + 2 * (heads + kv_heads) * model.head_dim

@@ -44,9 +44,10 @@ def resolve(
     values: dict[str, object] = {}
     for flag in FLAGS:
         found = default_of(flag, launcher=launcher)
+        variable = next((name for name in flag.variables if environment.get(name)), "")
         for source, where in (
             (given, f"--{flag.name}"),
-            (from_environment, f"environment variable {'/'.join(flag.variables)}"),
+            (from_environment, f"environment variable {variable}"),
             (from_file, f"{file}: {flag.name}"),
         ):
             if source.get(flag.key) is not None:

@@ -8,6 +8,7 @@ import resource
 import signal
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import uvloop
 from aiohttp import web
@@ -24,6 +25,7 @@ from tgi_server.http.transport import make_runner
 from tgi_server.listening import Addresses, why_not
 from tgi_server.logs import announce, logging_to_stderr
 from tgi_server.process import age_s
+from tgi_server.text.sample import sample_ids
 from tgi_server.text.text import Text, doubts
 
 _LAST_WORDS_S = 1.0  # how long clients get to read why their answers broke off
@@ -50,6 +52,8 @@ def serve(values: Mapping[str, object], warnings: Sequence[str], addresses: Addr
         )
         for line in doubts(text):
             log.warning("%s", line)
+        if values["quality_check"] is True:
+            engine = replace(engine, page_ids=sample_ids(text.tokenizer))
         return uvloop.run(_Service(server, engine, text, addresses).run())
 
 

@@ -30,6 +30,7 @@ struct bfloat16 {
 };
 
 #define TGI_INLINE [[gnu::always_inline]] static inline
+#define TGI_MEMBER [[gnu::always_inline]] inline
 
 TGI_INLINE Vec splat(float x) { return x - Vec{}; }  // −0 − 0 stays −0
 

@@ -113,16 +113,22 @@ TGI_INLINE void finish_rows(const LinearParams& p, int64_t panel, int64_t token,
 template <typename Weight>
 TGI_INLINE void linear_block(const LinearParams& p, int64_t token, int64_t rows) {
   const Tiling tiling(rows);
-  const float* tiles = p.tiles;
-  if (rows == 1) {
-    tiles = p.x + token * p.x_stride;
-  } else {
-    parallel_for(tiling.tiles, [&](int64_t tile) {
-      interleave(p.x + (token + tiling.first(tile)) * p.x_stride, p.x_stride, tiling.size(tile),
-                 p.in_features, p.tiles + tiling.first(tile) * p.in_features);
-    });
-  }
   const int64_t panels = (p.out_features + kPanel - 1) / kPanel;
+  const auto weights = [&](int64_t panel) {
+    return static_cast<const Weight*>(p.packed) + panel * p.in_features * kPanel;
+  };
+  if (rows == 1) {
+    parallel_for_neighbours(panels, [&](int64_t panel) {
+      alignas(64) float sums[kPanel];
+      multiply_panel(p, tiling, p.x + token * p.x_stride, weights(panel), 0, 1, sums);
+      finish_rows(p, panel, token, 1, sums);
+    });
+    return;
+  }
+  parallel_for(tiling.tiles, [&](int64_t tile) {
+    interleave(p.x + (token + tiling.first(tile)) * p.x_stride, p.x_stride, tiling.size(tile), p.in_features,
+               p.tiles + tiling.first(tile) * p.in_features);
+  });
   // Enough tasks that threads end together, but a panel is cut among them only when there are few panels.
   const int64_t wanted = (4 * num_threads() + panels - 1) / panels;
   const int64_t groups = wanted < tiling.tiles ? wanted : tiling.tiles;
@@ -130,8 +136,7 @@ TGI_INLINE void linear_block(const LinearParams& p, int64_t token, int64_t rows)
     const int64_t panel = task / groups, group = task % groups;
     const int64_t first = tiling.tiles * group / groups, last = tiling.tiles * (group + 1) / groups;
     alignas(64) float sums[kRowBlock * kPanel];
-    const Weight* weights = static_cast<const Weight*>(p.packed) + panel * p.in_features * kPanel;
-    multiply_panel(p, tiling, tiles, weights, first, last, sums);
+    multiply_panel(p, tiling, p.tiles, weights(panel), first, last, sums);
     finish_rows(p, panel, token + tiling.first(first), tiling.first(last) - tiling.first(first), sums);
   });
 }

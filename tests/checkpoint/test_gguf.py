@@ -217,7 +217,7 @@ def alignment(value: int) -> bytes:
 HUGE = 1 << 63
 LIES = {
     "not GGUF": (b"PK\3\4" + bytes(60), "begin with GGUF"),
-    "empty": (b"", "4 bytes are needed"),
+    "empty": (b"", "it is empty"),
     "version 1": (header(version=1), "version is 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
     "huge tensor count": (header(tensors=HUGE) + bytes(64), f"claims {HUGE} tensors"),
@@ -293,8 +293,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"llama.rope.freq_base": float("nan")}, "a number is needed"),
     ({"llama.rope.dimension_count": 8}, "rotary embedding of 8 of 16"),
     ({"llama.rope.scaling.type": "yarn"}, "scaling 'yarn'"),
-    ({"tokenizer.ggml.model": "llama"}, "its tokenizer is llama/smollm"),
-    ({"tokenizer.ggml.pre": "qwen2"}, "its tokenizer is gpt2/qwen2"),
+    ({"tokenizer.ggml.model": "t5"}, "its tokenizer is t5/smollm"),
+    ({"tokenizer.ggml.pre": "tekken"}, "its tokenizer is gpt2/tekken"),
     ({"tokenizer.ggml.tokens": TOKENS[:-1]}, "has shape"),
     ({"tokenizer.ggml.tokens": [*TOKENS[:-1], TOKENS[0]]}, "different"),
     ({"tokenizer.ggml.tokens": list(range(len(TOKENS)))}, "a text is needed"),

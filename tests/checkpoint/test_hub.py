@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.tiny_gguf import random_llama, weights_of, write_gguf
+from tgi_server.checkpoint.gguf_folder import DESCRIPTION, LINK
 from tgi_server.checkpoint.hub import model_folder
 from tgi_server.errors import StartupError
 
@@ -30,22 +32,43 @@ FILES = {
 }
 
 
+GGUF_FILES = {
+    "some/gguf": {"README.md": b"about", "tiny.gguf": b""},
+    "some/many": {"tiny-Q4_0.gguf": b"", "tiny-Q8_0.gguf": b"", "config.json": b"{}"},
+}
+
+
 class FakeHub(BaseHTTPRequestHandler):
-    """Errors as in HEADERS; `some/model` has a revision v1 with FILES."""
+    """Errors as in HEADERS; `some/model` has a revision v1 with FILES, GGUF_FILES are of main and `tiny` each."""
+
+    tiny = b""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         status, headers = HEADERS.get(path, (500, {}))
         body = b""
-        if path == "/api/models/some/model/revision/v1":
-            siblings = [{"rfilename": name} for name in FILES]
-            body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode()
-        elif path.startswith("/api/models/some/model/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in FILES.items()]
+        model_id = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        name = path.rsplit("/", 1)[1]
+        files = {
+            n: self.tiny if n.endswith(".gguf") else b for n, b in GGUF_FILES.get(model_id, FILES).items()
+        }
+        revision = "v1" if model_id == "some/model" else "main"
+        if model_id not in {"some/model", *GGUF_FILES}:
+            pass
+        elif path == f"/api/models/{model_id}/revision/{revision}" or (
+            path == f"/api/models/{model_id}" and revision == "main"
+        ):
+            siblings = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": model_id, "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith(f"/api/models/{model_id}/tree/"):
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in files.items()]
             body = json.dumps(tree).encode()
-        elif path.startswith(f"/some/model/resolve/{COMMIT}/"):
-            body = FILES[path.rsplit("/", 1)[1]]
-            headers = {"ETag": f'"{path.rsplit("/", 1)[1]}"', "X-Repo-Commit": COMMIT}
+        elif path.startswith((f"/{model_id}/resolve/{COMMIT}/", f"/{model_id}/resolve/main/")):
+            body = files.get(name, b"")
+            status = 200 if body else 404
+            headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+            if not body:
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
         self.send_response(200 if body else status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -61,7 +84,10 @@ class FakeHub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, weights_of(random_llama(tied=True)))
+    FakeHub.tiny = path.read_bytes()
     server = HTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -106,6 +132,25 @@ def download(endpoint: str, cache: Path, *arguments: str) -> subprocess.Complete
         [sys.executable, "-c", code, *arguments],
         capture_output=True, text=True, env=environment(endpoint, cache), check=False,
     )  # fmt: skip
+
+
+def test_a_repository_of_one_gguf_file_is_that_file_described(hub: str, tmp_path: Path) -> None:
+    folder = Path(ask("some/gguf", hub, tmp_path).strip())
+    assert folder.name.startswith("tiny-")
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*DESCRIPTION, LINK))
+    assert (folder / LINK).read_bytes() == FakeHub.tiny
+    assert Path(ask("some/gguf", "http://127.0.0.1:9", tmp_path).strip()) == folder, "it is cached"
+
+
+def test_a_repository_of_several_gguf_files_names_them(hub: str, tmp_path: Path) -> None:
+    several = (
+        "some/many holds 2 GGUF files: tiny-Q4_0.gguf, tiny-Q8_0.gguf. "
+        "Name the one to serve: some/many/tiny-Q4_0.gguf"
+    )
+    assert ask("some/many", hub, tmp_path).strip() == several
+    assert "tiny-Q8_0-" in ask("some/many/tiny-Q8_0.gguf", hub, tmp_path)
+    assert ask("some/many", hub, tmp_path).strip() == several, "though one is cached"
+    assert "has no such file" in ask("some/many/tiny-Q2_K.gguf", hub, tmp_path)
 
 
 def test_a_local_folder_is_itself(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,6 +75,26 @@ def weights_of(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     return weights
 
 
+# Where the blocks of a type have numbers in float16.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def random_blocks(
+    rows: int, columns: int, kind: GGMLQuantizationType, halves: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """[rows, bytes]: any codes, and scales drawn from `halves`; for types the package cannot quantise to, too."""
+    dice = np.random.default_rng(seed)
+    values, size = GGML_QUANT_SIZES[kind]
+    blocks = dice.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
+    for at in HALVES[kind.name]:
+        drawn = dice.choice(halves.astype(np.float16), blocks.shape[:2])
+        blocks[:, :, at : at + 2] = drawn[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def gguf_name(name: str) -> str:
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem = name.removesuffix(".weight")
@@ -96,10 +118,30 @@ def write_gguf(
     weights: dict[str, np.ndarray],
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     changes: dict[str, Any] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write `weights` (transformers' names and order), matrices quantised to `kind`; None drops a field."""
-    writer = GGUFWriter(path, "llama")
-    for key, value in (METADATA | (changes or {})).items():
+    """Write `weights` (transformers' names and order), matrices quantised to `kind`; None drops a field.
+
+    more: tensors under GGUF's names, in float32.
+    """
+    tensors = {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
+    for name, weight in weights.items():
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+        rows = pairs_adjacent(weight, heads) if heads else weight
+        kept = GGMLQuantizationType.F32 if rows.ndim == 1 else kind
+        tensors[gguf_name(name)] = (rows if rows.ndim == 1 else quantize(rows, kind), kept)
+    write_tensors(path, tensors, changes or {})
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]],
+    changes: Mapping[str, Any],
+    arch: str = "llama",
+) -> None:
+    """Write tensors under GGUF's names as their types store them, beside METADATA with changes."""
+    writer = GGUFWriter(path, arch)
+    for key, value in (METADATA | changes).items():
         if value is None:
             continue
         add = {
@@ -108,14 +150,9 @@ def write_gguf(
             float: writer.add_float32,
             str: writer.add_string,
         }
-        add.get(type(value), writer.add_array)(key, value)
-    for name, weight in weights.items():
-        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
-        rows = pairs_adjacent(weight, heads) if heads else weight
-        if rows.ndim == 1:
-            writer.add_tensor(gguf_name(name), rows)
-        else:
-            writer.add_tensor(gguf_name(name), quantize(rows, kind), raw_dtype=kind)
+        add.get(type(value), writer.add_array)(key.replace("llama.", f"{arch}.", 1), value)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

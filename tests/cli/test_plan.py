@@ -11,7 +11,7 @@ import torch
 
 from tests.server import DEMO
 from tgi_server import cli, memory
-from tgi_server.checkpoint.headers import stored_types
+from tgi_server.checkpoint.headers import stored_tensors
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.engine.gpu_runner import _pages_that_fit, room_bytes
@@ -32,6 +32,7 @@ from tgi_server.memory_plan import (
     table,
 )
 from tgi_server.models import ARCHITECTURES, load_model
+from tgi_server.quantization.contents import Contents, contents_of
 from tgi_server.start_times import start_times
 
 LLAMA_31_8B = {
@@ -54,7 +55,7 @@ def plan_8b(
 ) -> MemoryPlan:
     model = ModelConfig.from_dict({**LLAMA_31_8B, **changes}, {})
     asked = Asked(total_tokens, sequences=64, batch_tokens=256)
-    return plan_memory(model, {}, asked, int(memory_gib * GIB), on_gpu=on_gpu, ranks=ranks)
+    return plan_memory(model, Contents(), asked, int(memory_gib * GIB), on_gpu=on_gpu, ranks=ranks)
 
 
 def test_llama_8b_takes_two_bytes_a_parameter_and_128_kib_a_token() -> None:
@@ -95,7 +96,7 @@ def test_ranks_share_matrices_and_copy_norms_and_kv_heads_that_are_too_few() -> 
 def test_heads_that_cannot_be_split_are_said_so() -> None:
     model = ModelConfig.from_folder(DEMO)  # 9 heads over 3
     assert [n for n in (1, 2, 3, 4, 8, 9) if can_split(model, n)] == [1, 3, 9]
-    plan = plan_memory(model, {}, Asked(8192, 64, 256), 80 * GIB, on_gpu=True)
+    plan = plan_memory(model, Contents(), Asked(8192, 64, 256), 80 * GIB, on_gpu=True)
     assert advice([plan]) == ["The heads cannot be split evenly over 2, 4, 8 devices."]
 
 
@@ -161,7 +162,8 @@ def test_a_share_of_a_gpus_memory_bounds_what_the_engine_takes(monkeypatch: pyte
 def test_a_float8_cache_holds_twice_the_tokens() -> None:
     model, asked = ModelConfig.from_dict(LLAMA_31_8B, {}), Asked(131072, sequences=64, batch_tokens=256)
     wide, narrow = (
-        plan_memory(model, {}, replace(asked, fp8_cache=fp8), 80 * GIB, on_gpu=True) for fp8 in (False, True)
+        plan_memory(model, Contents(), replace(asked, fp8_cache=fp8), 80 * GIB, on_gpu=True)
+        for fp8 in (False, True)
     )
     assert narrow.page_bytes * 2 == wide.page_bytes
     assert narrow.pages // 2 == wide.pages
@@ -169,7 +171,9 @@ def test_a_float8_cache_holds_twice_the_tokens() -> None:
 
 def test_the_plan_counts_what_is_then_loaded() -> None:
     config = ModelConfig.from_folder(DEMO)
-    plan = plan_memory(config, stored_types(DEMO), Asked(512, 1, 64), 8 * GIB, on_gpu=False)
+    plan = plan_memory(
+        config, contents_of(config.raw, DEMO, stored_tensors(DEMO)), Asked(512, 1, 64), 8 * GIB, on_gpu=False
+    )
     tensors = []
     for layer in load_model(Checkpoint(DEMO), config, torch.device("cpu"), torch.float32).modules():
         if isinstance(layer, Linear):
@@ -216,7 +220,10 @@ def test_the_command_needs_a_config_alone(
     ("changes", "complaint"),
     [
         ({"model_type": "mamba"}, "'mamba'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "not quantised"),
+        (
+            {"quantization_config": {"quant_method": "aqlm"}},
+            "dense or of gptq, marlin, awq, compressed-tensors, bitsandbytes",
+        ),
         ({"max_position_embeddings": 4096}, None),
     ],
 )

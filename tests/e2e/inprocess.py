@@ -14,7 +14,7 @@ from tgi_server.engine.plan import Plan
 from tgi_server.engine.request import GenerationRequest, Sampling
 from tgi_server.engine.runner import CpuRunner, Launched
 from tgi_server.engine.scheduler import Scheduler
-from tgi_server.engine.verify import Guess, no_guess
+from tgi_server.engine.verify import Guess
 
 LIKELIEST: Final = Sampling()
 
@@ -60,7 +60,7 @@ class Rig:
         sequences: int = 1,
         depth: int = 0,
         chunk: int | None = None,
-        guess: Guess = no_guess,
+        guess: Guess | None = None,
     ) -> None:
         """chunk: prompts are read one after the other, in pieces of so many tokens, beside those that decode."""
         self.pool = PagePool(pages or runner.num_pages)

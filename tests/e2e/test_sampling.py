@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -227,8 +228,8 @@ def _check_top(top: list[tuple[int, float]], logprobs: Tensor, count: int) -> No
     assert len(set(ids.tolist())) == count
 
 
-def _request(name: str, prompt: list[int], sampling: Sampling, new: int, **more: object) -> GenerationRequest:
-    return GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new, sampling=sampling, **more)  # type: ignore[arg-type]
+def _request(name: str, prompt: list[int], sampling: Sampling, new: int, **more: Any) -> GenerationRequest:
+    return GenerationRequest(id=name, prompt_ids=prompt, max_new_tokens=new, sampling=sampling, **more)
 
 
 # ---- over HTTP ----
@@ -259,15 +260,32 @@ def _chat(server: Server) -> list[int]:
     return server.post("/v1/chat/completions", body)["choices"][0]["token_ids"]
 
 
+def _chats_prompt_completed(server: Server) -> list[int]:
+    """A completion, in a stream, of the very tokens of the chat's prompt."""
+    seen = server.post("/chat_tokenize", {"messages": [{"role": "user", "content": PROMPT}]})
+    prompt = [token["id"] for token in seen["tokenize_response"]]
+    asked = {"max_tokens": NEW_TOKENS, "return_token_ids": True, "stream": True}
+    chunks = server.stream("/v1/completions", {**DRAWN, "prompt": prompt, **asked})
+    return [token for chunk in chunks for choice in chunk["choices"] for token in choice["token_ids"]]
+
+
+ROUTES = (_generate, _generate_stream, _completions, _chat, _chats_prompt_completed)
+
+
 def test_a_seed_gives_the_same_text_on_every_route_whatever_else_runs(server: Server) -> None:
-    quiet = [ask(server) for ask in (_generate, _generate_stream, _completions, _chat)]
+    quiet = [ask(server) for ask in ROUTES]
     assert quiet[0] == quiet[1] == quiet[2]
+    assert quiet[3] == quiet[4]
+    asked = {"inputs": PROMPT, "parameters": {**DRAWN, "max_new_tokens": NEW_TOKENS}}
+    whole = server.post("/generate", asked)["generated_text"]
+    assert server.post("/vertex", {"instances": [asked]})["predictions"] == [whole]
+    assert server.post("/invocations", asked) == [{"generated_text": PROMPT + whole}]
     with ThreadPoolExecutor(16) as pool:
         crowd = [
             pool.submit(server.post, "/generate", {"inputs": f"Item {i}:", "parameters": NOISY})
             for i in range(8)
         ]
-        busy = list(pool.map(lambda ask: ask(server), (_generate, _generate_stream, _completions, _chat)))
+        busy = list(pool.map(lambda ask: ask(server), ROUTES))
         for other in crowd:
             other.result()
     assert busy == quiet

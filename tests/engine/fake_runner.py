@@ -41,6 +41,7 @@ class FakeLaunched:
 class FakeRunner:
     def __init__(self, num_pages: int = 2000) -> None:
         self.num_pages = num_pages
+        self.matrices: dict[str, str] = {}
         self.cache: dict[int, tuple[int, int]] = {}  # by slot: token, and the adapter it went through
         self.tables: dict[int, list[int]] = {}
         self.last_ids: dict[int, int] = {}

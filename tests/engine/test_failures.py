@@ -140,8 +140,7 @@ def test_any_other_failing_step_ends_its_requests_and_no_others(depth: int) -> N
     assert engine._pool.available == engine._pool.total
 
 
-@dataclass
-class LostWhenAsked:
+class LostWhenAsked(FakeLaunched):
     def result(self) -> list[Sampled]:
         raise DeviceLost("a GPU is lost")
 
@@ -154,7 +153,7 @@ def test_a_lost_device_ends_the_engine(depth: int, when: str) -> None:
             assert plan.work
             if when == "launch":
                 raise DeviceLost("a GPU is lost")
-            return LostWhenAsked()  # type: ignore[return-value]
+            return LostWhenAsked([])
 
     with pytest.raises(DeviceLost, match="a GPU is lost"):
         run(Lost(), depth)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tgi_server.engine.limits import Limits
 from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Asked, Plan, Work
 from tgi_server.engine.request import GenerationRequest, Sampling
-from tgi_server.engine.sampler import MAX_EDITS, PROMPT_ROWS, Sampler, results
+from tgi_server.engine.sampler import MAX_EDITS, Sampler, results
 from tgi_server.engine.scheduler import Scheduler
 
 VOCAB = 50
@@ -29,10 +31,10 @@ def sampler(rows: int = 4, tokens: int = 64) -> Sampler:
     return Sampler(rows, tokens, VOCAB, torch.device("cpu"))
 
 
-def work(row: int, start: int, token_ids: list[int], *, count: int = 0, **more: object) -> Work:
+def work(row: int, start: int, token_ids: list[int], *, count: int = 0, **more: Any) -> Work:
     """Work that samples; `token_ids` empty stands for the id drawn last."""
-    given = {"samples": True, **more}
-    return Work(str(row), 0, row, start, count or len(token_ids) or 1, token_ids, 0, [], **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"samples": True, **more}
+    return Work(str(row), 0, row, start, count or len(token_ids) or 1, token_ids, 0, [], **given)
 
 
 def step(sampler: Sampler, *works: Work, logits: Tensor | None = None) -> list[int]:
@@ -147,8 +149,9 @@ def test_results_come_in_the_plans_order_with_what_each_asked_for() -> None:
     assert found[2].top[0] == [(table[6].argmax(), found[2].logprobs[0])]
 
 
-def test_a_long_prompts_logits_are_never_all_in_memory() -> None:
-    under_test = sampler(tokens=1000)
+@pytest.mark.parametrize(("rows", "most"), [(1, 8), (4, 8), (20, 20), (256, 64)])
+def test_a_long_prompts_logits_take_no_more_memory_than_a_steps(rows: int, most: int) -> None:
+    under_test = sampler(rows, tokens=1000)
     ids = [i % VOCAB for i in range(1000)]
     plan = Plan([work(0, 0, ids, asked=Asked(), scored=ids[1:])])
     under_test.read(plan)
@@ -160,7 +163,7 @@ def test_a_long_prompts_logits_are_never_all_in_memory() -> None:
 
     (found,) = under_test.score(plan, torch.zeros(1000, 1), head).values()
     assert len(found.logprobs) == sum(seen) == 999
-    assert max(seen) == PROMPT_ROWS
+    assert max(seen) == most
 
 
 def test_more_edits_than_there_is_room_for_are_refused_with_both_numbers() -> None:

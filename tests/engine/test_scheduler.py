@@ -16,7 +16,7 @@ from tgi_server.engine.pages import PagePool
 from tgi_server.engine.plan import Plan
 from tgi_server.engine.request import FinishReason, GenerationRequest
 from tgi_server.engine.scheduler import Scheduler
-from tgi_server.engine.verify import Guess, no_guess
+from tgi_server.engine.verify import Guess
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Rig:
     batch_tokens: int = 64
     sequences: int = 8
     depth: int = 0
-    guess: Guess = no_guess
+    guess: Guess | None = None
     now: float = 0.0
     answers: dict[str, list[int]] = field(default_factory=dict)
     finishes: dict[str, FinishReason] = field(default_factory=dict)
@@ -219,8 +219,8 @@ def mostly_right(tokens: list[int]) -> list[int]:
 @pytest.mark.parametrize("depth", [0, 1])
 def test_guesses_that_prove_right_save_steps_and_never_change_an_answer(depth: int) -> None:
     asked = [request(str(i), [i] * 30, new=50) for i in range(6)]
-    steps = {}
-    for guess in (no_guess, mostly_right):
+    steps: dict[Guess | None, float] = {}
+    for guess in (None, mostly_right):
         rig = Rig(depth=depth, guess=guess)
         for one in asked:
             rig.scheduler.add(one)
@@ -229,7 +229,7 @@ def test_guesses_that_prove_right_save_steps_and_never_change_an_answer(depth: i
         assert rig.pool.available == rig.pool.total
         steps[guess] = rig.now
     if depth == 0:
-        assert steps[mostly_right] < 0.8 * steps[no_guess]
+        assert steps[mostly_right] < 0.8 * steps[None]
 
 
 _operations = st.lists(
@@ -248,10 +248,10 @@ _operations = st.lists(
     pages=st.integers(8, 40),
     depth=st.integers(0, 1),
     budget=st.sampled_from([4, 7, 16, 64]),
-    guess=st.sampled_from([no_guess, mostly_right]),
+    guess=st.sampled_from([None, mostly_right]),
 )
 def test_any_mix_of_requests_gets_right_answers_and_loses_no_page(
-    operations: list[tuple[object, ...]], pages: int, depth: int, budget: int, guess: Guess
+    operations: list[tuple[object, ...]], pages: int, depth: int, budget: int, guess: Guess | None
 ) -> None:
     rig = Rig(pages=pages, depth=depth, batch_tokens=budget, sequences=4, guess=guess)
     asked: list[GenerationRequest] = []

@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,6 +54,10 @@ class Slow:
 
     def names(self) -> frozenset[str]:
         return frozenset(("a",))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        del name
+        return (4,)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         del name
@@ -104,11 +109,11 @@ def test_a_tensor_that_is_read_twice_counts_once() -> None:
 
 
 def config_of(folder: Path, **changes: object) -> EngineConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "model": folder, "max_total_tokens": 2048, "max_batch_tokens": 256, "max_sequences": 8, "max_queue": 8,
         "num_pages": 0, "num_threads": 1, "device": "cuda", **changes,
     }  # fmt: skip
-    return EngineConfig(**settings)  # type: ignore[arg-type]
+    return EngineConfig(**settings)
 
 
 def test_the_plan_of_a_gpu_is_logged_and_sets_the_pages_before_anything_is_loaded(
@@ -129,7 +134,7 @@ def test_the_plan_of_a_gpu_is_logged_and_sets_the_pages_before_anything_is_loade
 
 def test_models_the_plan_does_not_know_are_left_to_be_counted() -> None:
     model = ModelConfig.from_dict(
-        {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}},
+        {**json.loads((DEMO / "config.json").read_text()), "quantization_config": {"quant_method": "aqlm"}},
         {},
     )
     config = config_of(DEMO)

@@ -101,6 +101,19 @@ def test_row_81_a_stopped_engine_is_not_ready_and_goes_on_where_it_was(model: Pa
         assert list(stream)[-1]["generated_text"] == expected["generated_text"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_row_81_liveness_fails_after_half_a_minute_of_silence_and_comes_back(model: Path) -> None:
+    with running_server(*CPU, model=model) as server:
+        server.engine.suspend()
+        began = time.monotonic()
+        until(lambda: get(server, "/livez")[0] == 503, "liveness to fail", 45)
+        assert time.monotonic() - began > 28
+        server.engine.resume()
+        until(lambda: get(server, "/livez")[0] == 200, "liveness to come back", 5)
+        server.post("/generate", SHORT)
+
+
 def test_row_83_a_signal_to_every_process_lets_requests_finish(model: Path) -> None:
     with running_server(*CPU, model=model) as server:
         server.post("/v1/chat/completions", CHAT)
@@ -246,12 +259,12 @@ def test_row_89_damage_within_an_answer_ends_its_stream_with_an_error(tmp_path: 
     clean = write_model(tmp_path / "clean", eos_token_id=None)
     with running_server(*CPU, model=clean) as server:
         events = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
-    ids = [event["token"]["id"] for event in events]  # type: ignore[index]
+    ids = [event["token"]["id"] for event in events]
     at = next(i for i, token_id in enumerate(ids) if i >= 2 and token_id not in ids[:i])
     folder = poisoned(tmp_path / "poisoned", "model.embed_tokens.weight", ids[at], float("nan"))
     with running_server(*CPU, model=folder) as server:
         got = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
-    assert [event["token"]["id"] for event in got[:-1]] == ids[: at + 1]  # type: ignore[index]
+    assert [event["token"]["id"] for event in got[:-1]] == ids[: at + 1]
     assert got[-1]["error_type"] == ErrorKind.GENERATION.value
 
 

@@ -63,7 +63,7 @@ def test_row_73_long_prompts_among_short_streams_do_not_stop_them(target: Target
             5,
             6,
             7,
-        ):  # three, so that steps made of whole prompts would be more than one gap in a hundred
+        ):  # three, so that steps of whole prompts would be more than one gap in a hundred
             long = {"prompt": [token] * (MAX_TOKENS - 2), "max_tokens": 1}
             assert target.send("/v1/completions", long).status == 200
         seen = [stream.result() for stream in streams]

@@ -224,13 +224,20 @@ def test_row_23_old_new_and_hasty_clients(target: Target) -> None:
         while answers.count(b"generated_text") < 2:
             answers += sock.recv(65536)
         assert answers.count(b"200 OK") == 2
-    assert (
-        target.raw(target.head("/generate", sized(BODY) + "Expect: 100-continue\r\n\r\n") + BODY).status
-        == 200
-    )
+    asking = target.head("/generate", sized(BODY) + "Expect: 100-continue\r\n\r\n")
+    assert target.raw(asking + BODY).status == 200
+    with target.connect() as sock:
+        sock.sendall(target.head("/generate", sized(BODY) + "Expect: 100-continue\r\n\r\n"))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(BODY)
+        assert read_reply(sock).status == 200
     old = target.head("/generate", sized(BODY)).replace(b"HTTP/1.1", b"HTTP/1.0")
     assert target.raw(old + b"\r\n" + BODY).status == 200
     assert target.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").status in (400, 505)
+    with target.connect() as sock:
+        newer = target.head("/generate", sized(BODY)).replace(b"HTTP/1.1", b"HTTP/2.0")
+        sock.sendall(newer + b"\r\n" + BODY)
+        assert sock.recv(100).split()[1] in (b"400", b"505")
 
 
 @pytest.mark.parametrize(

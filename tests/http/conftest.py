@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -47,9 +48,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
 def say(text: Text) -> Callable[..., FakeEngine]:
     """A fake engine that says a text: `say("hello", burst=2)`."""
 
-    def make(words: str, **settings: object) -> FakeEngine:
+    def make(words: str, **settings: Any) -> FakeEngine:
         script = text.tokenizer.encode_batch([words], add_special_tokens=False)[0]
-        return FakeEngine(script=script, **settings)  # type: ignore[arg-type]
+        return FakeEngine(script=script, **settings)
+
+    return make
+
+
+@pytest.fixture
+def choose(text: Text) -> Callable[..., FakeEngine]:
+    """A fake engine with a text and its tokens' logprob for each choice: `choose(("a", -2.0), ("b", -1.0))`."""
+
+    def make(*choices: tuple[str, float]) -> FakeEngine:
+        scripts = text.tokenizer.encode_batch([words for words, _ in choices], add_special_tokens=False)
+        logprobs = (logprob for _, logprob in choices)
+        return FakeEngine(choices=list(zip(scripts, logprobs, strict=True)))
 
     return make
 
@@ -66,7 +79,7 @@ async def start(text: Text) -> AsyncIterator[Start]:
         patience: Patience | None = None,
         honoured: frozenset[str] = HONOURED,
         tracer: Tracer | None = None,
-        **config: object,
+        **config: Any,
     ) -> TestClient:
         settings = {
             "model": Path("/nowhere"),
@@ -79,7 +92,7 @@ async def start(text: Text) -> AsyncIterator[Start]:
         }
         app = make_app(
             ServerConfig(**settings), engine, text, patience=patience, honoured=honoured, tracer=tracer
-        )  # type: ignore[arg-type]
+        )
         server = Served(app)
         await server.start_server()
         client = TestClient(server)

@@ -18,6 +18,9 @@ class FakeEngine:
     """Says `script`, token ids, then the request's first stop id. Remembers what it was asked."""
 
     script: Sequence[int] = ()
+    choices: Sequence[
+        tuple[Sequence[int], float]
+    ] = ()  # what choice 0, 1, … says instead, and its tokens' logprob
     burst: int = 1  # tokens an event carries
     fail_at: int = NEVER  # raise `failure` instead of this token
     failure: Exception | None = None
@@ -38,9 +41,10 @@ class FakeEngine:
         self.running += 1
         finished = False
         try:
-            tokens = (
-                [*self.script, *request.stop_token_ids[:1]] if request.stop_token_ids else list(self.script)
-            )
+            script, logprob = self.script, -0.5
+            if self.choices:
+                script, logprob = self.choices[request.sampling.choice]
+            tokens = [*script, *request.stop_token_ids[:1]]
             tokens = list(islice(cycle(tokens), request.max_new_tokens))
             tokens = tokens[
                 : 1 + next((i for i, t in enumerate(tokens) if t in request.stop_token_ids), len(tokens))
@@ -53,7 +57,7 @@ class FakeEngine:
                 if start >= self.fail_at and self.failure is not None:
                     raise self.failure
                 finished = start + self.burst >= len(tokens)
-                yield self._event(request, chunk, start, finished)
+                yield self._event(request, chunk, start, finished, logprob)
         except UserError:
             finished = True
             raise
@@ -62,13 +66,15 @@ class FakeEngine:
             self.cancelled += not finished
 
     @staticmethod
-    def _event(request: GenerationRequest, chunk: list[int], start: int, finished: bool) -> TokenEvent:
+    def _event(
+        request: GenerationRequest, chunk: list[int], start: int, finished: bool, logprob: float
+    ) -> TokenEvent:
         reason = FinishReason.EOS if chunk[-1] in request.stop_token_ids else FinishReason.LENGTH
         first = start == 0
         return TokenEvent(
             id=request.id,
             token_ids=chunk,
-            logprobs=[-0.5] * len(chunk),
+            logprobs=[logprob] * len(chunk),
             finish=reason if finished else None,
             top=[[(t, -0.5 - i) for i, t in enumerate(range(request.top_logprobs))] for _ in chunk],
             prompt_logprobs=[-1.0] * (len(request.prompt_ids) - 1)

@@ -160,13 +160,15 @@ async def test_every_chunk_tells_the_usage_so_far_if_asked_to(start: Start, say:
     assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {2}
 
 
-async def test_best_of_gives_the_likeliest_n(start: Start, say: Say) -> None:
-    engine = say("hello")
+async def test_best_of_gives_the_likeliest_n(start: Start, choose: Say) -> None:
+    engine = choose(("second", -0.8), ("third, and long", -0.9), ("first", -0.7))
     client = await start(engine, honoured=ALL)
     answer = await (await client.post(URL, json={"prompt": ["x", "y"], "n": 2, "best_of": 3})).json()
     assert len(engine.requests) == 6
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["completion_tokens"] == 12
+    given = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert given == [(0, "first"), (1, "second"), (2, "first"), (3, "second")]
+    made = sum(len(script) + 1 for script, _ in engine.choices)
+    assert answer["usage"]["completion_tokens"] == 2 * made, "those not given were generated, too"
 
 
 async def test_streams_of_several_prompts_interleave_by_index(start: Start, say: Say) -> None:

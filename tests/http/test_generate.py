@@ -115,18 +115,20 @@ async def test_a_stream_and_a_whole_answer_have_the_same_text(start: Start, say:
     assert events[-1]["generated_text"] == whole["generated_text"] == "one é END"
 
 
-async def test_best_of_returns_the_likeliest_and_the_others_beside_it(start: Start, say: Say) -> None:
-    engine = say("hello")
+async def test_best_of_returns_the_likeliest_and_the_others_beside_it(start: Start, choose: Say) -> None:
+    engine = choose(("a much longer one", -0.9), ("hello", -0.8))
     client = await start(engine, honoured=ALL)
     body = {
         "inputs": "x",
         "parameters": {"best_of": 2, "do_sample": True, "details": True, "top_n_tokens": 2},
     }
-    details = (await (await client.post("/generate", json=body)).json())["details"]
+    answer = await (await client.post("/generate", json=body)).json()
+    assert answer["generated_text"] == "hello"
+    details = answer["details"]
     assert [request.sampling.choice for request in engine.requests] == [0, 1]
     assert engine.requests[0].sampling.seed == engine.requests[1].sampling.seed == details["seed"]
     (other,) = details["best_of_sequences"]
-    assert other["generated_text"] == "hello"
+    assert other["generated_text"] == "a much longer one"
     assert len(details["top_tokens"][0]) == 2
 
 

@@ -91,6 +91,32 @@ async def test_vertex_predicts_every_instance_in_order(start: Start, say: Say) -
     assert await response.json() == {"predictions": ["hello", "hello w"]}
 
 
+async def test_vertex_predicts_the_likeliest_of_an_instances_answers(start: Start, choose: Say) -> None:
+    client = await start(choose(("less", -0.9), ("more", -0.8)))
+    asked = {"best_of": 2, "do_sample": True, "return_full_text": True}
+    response = await client.post("/vertex", json={"instances": [{"inputs": "x", "parameters": asked}]})
+    assert await response.json() == {"predictions": ["xmore"]}
+
+
+@pytest.mark.parametrize(
+    ("instance", "field"),
+    [
+        ({"messages": MESSAGES, "n": 2}, "n"),
+        ({"messages": MESSAGES, "stream": True}, "stream"),
+        ({"inputs": "x", "stream": True}, "stream"),
+    ],
+)
+async def test_vertex_refuses_what_is_no_single_text(
+    start: Start, say: Say, instance: dict[str, object], field: str
+) -> None:
+    engine = say("a")
+    client = await start(engine)
+    response = await client.post("/vertex", json={"instances": [{"inputs": "x"}, instance]})
+    assert response.status == 422
+    assert (await response.json())["error"].startswith(f"instances[1].{field} is ")
+    assert not engine.requests
+
+
 async def test_vertex_says_what_an_instance_needs(start: Start, say: Say) -> None:
     client = await start(say("a"))
     response = await client.post("/vertex", json={"instances": [{"prompt": "x"}]})

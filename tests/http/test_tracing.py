@@ -198,7 +198,7 @@ async def test_spans_reach_a_collector_over_http() -> None:
     assert set(names_sent(got)) == SENT
 
 
-class Collector(TraceServiceServicer):  # type: ignore[misc]  # the generated class has no types
+class Collector(TraceServiceServicer):
     def __init__(self) -> None:
         self.got: list[bytes] = []
 

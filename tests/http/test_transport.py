@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,9 @@ async def say_raw(client: TestClient, data: bytes, *, half_close: bool = False) 
         (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nA\x00: b\r\n\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (post().replace(b"HTTP/1.1", b"HTTP/2.0"), 400),
+        (b"GET /health\r\n\r\n", 400),
+        (b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 415),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
     ],
@@ -136,6 +140,47 @@ async def test_a_body_that_drips_is_a_408(start: Start, say: Say) -> None:
     assert error["error_type"] == "timeout"
 
 
+async def test_a_body_that_came_fast_may_not_stop_for_long(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(body_s=0.2))
+    status, error = await say_raw(client, post(b"x" * 100_000)[:-3])
+    assert status == 408
+    assert "99997 bytes" in error["error"]
+
+
+async def ask_for_much(client: TestClient) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The answer has some ten megabytes, of which few fit into buffers."""
+    writer: asyncio.StreamWriter
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect((client.server.host, client.server.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=65_536)
+    writer.write(post(json.dumps({"inputs": "x" * 250_000}).encode(), path="/tokenize"))
+    return reader, writer
+
+
+async def test_a_reader_that_leaves_its_answer_is_cut_off(
+    start: Start, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start(say("a"), patience=Patience(stalled_s=0.3), max_total_tokens=300_000)
+    reader, writer = await ask_for_much(client)
+    await reader.readuntil(b"200 OK")
+    await until(lambda: "the client stopped reading, it took 0 bytes in 0.3 s" in caplog.text)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await reader.readexactly(12_000_000)
+    writer.close()
+
+
+async def test_a_reader_that_is_slow_but_steady_gets_it_all(start: Start, say: Say) -> None:
+    client = await start(say("a"), patience=Patience(stalled_s=1.0), max_total_tokens=300_000)
+    reader, writer = await ask_for_much(client)
+    head = await reader.readuntil(b"\r\n\r\n")
+    left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while left:
+        left -= len(await reader.readexactly(min(left, 100_000)))
+        await asyncio.sleep(0.02)
+    writer.close()
+
+
 async def test_a_body_in_chunks_of_one_byte_is_read(start: Start, say: Say) -> None:
     engine = say("a")
     client = await start(engine)
@@ -144,6 +189,55 @@ async def test_a_body_in_chunks_of_one_byte_is_read(start: Start, say: Say) -> N
     status, _ = await say_raw(client, head + chunks + b"0\r\n\r\n")
     assert status == 200
     assert len(engine.requests[0].prompt_ids) == 51
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (
+            post(headers="Content-Type: a/b\r\nContent-Type: c/d\r\n"),
+            "Duplicate 'Content-Type' header found.",
+        ),
+        (post().replace(b"Length: 15", b"Length: +15"), "Invalid character in Content-Length"),
+        (post(headers="A : b\r\n"), "Invalid header token"),
+        (post(path="*"), "Invalid address"),
+        (post().replace(b"HTTP/1.1", b"HTTP/1.7"), "Invalid HTTP version"),
+        (post(path="/é"), "Invalid address"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_what_is_wrong_with_a_request_is_named_without_its_bytes(
+    start: Start, say: Say, data: bytes, fault: str
+) -> None:
+    client = await start(say("a"))
+    status, body = await say_raw(client, data)
+    assert (status, body["error"]) == (400, f"this is not a valid HTTP request: {fault}")
+
+
+async def test_a_body_encoded_twice_is_refused_whichever_header_says_so(start: Start, say: Say) -> None:
+    client = await start(say("a"))
+    two = "Content-Encoding: identity\r\nContent-Encoding: gzip\r\n"
+    assert (await say_raw(client, post(headers=two)))[0] == 415
+    assert (await say_raw(client, post(headers="Content-Encoding: \r\n")))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /generate HTTP/1.1\r\nContent-Length: 999999999", 413),
+        ("POST /generate HTTP/1.1\r\nContent-Length: 9\r\nContent-Encoding: gzip", 415),
+        ("POST /generate HTTP/1.1\r\nContent-Length: 9\r\nAuthorization: Bearer wrong", 401),
+    ],
+)
+async def test_a_client_that_asks_before_sending_is_refused_before_it_sends(
+    start: Start, say: Say, head: str, status: int
+) -> None:
+    client = await start(say("a"), api_keys=("right",))
+    reader, writer = await connect(client)
+    key = "" if "Bearer" in head else "Authorization: Bearer right\r\n"
+    writer.write(f"{head}\r\nHost: x\r\n{key}Expect: 100-continue\r\n\r\n".encode())
+    assert f"HTTP/1.1 {status} ".encode() in await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+    writer.close()
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "zebra", "gzip, gzip"])
@@ -165,8 +259,10 @@ async def test_pipelined_requests_and_continue_and_http_1_0_are_served(start: St
     for _ in range(2):
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
         await reader.readuntil(b"}")
-    writer.write(post(headers="Expect: 100-continue\r\n"))
+    head, body = post(headers="Expect: 100-Continue\r\n").split(b"\r\n\r\n")
+    writer.write(head + b"\r\n\r\n")
     assert b"100 Continue" in await reader.readuntil(b"\r\n\r\n")
+    writer.write(body)
     assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
     writer.close()
     assert (await say_raw(client, post().replace(b"HTTP/1.1", b"HTTP/1.0")))[0] == 200

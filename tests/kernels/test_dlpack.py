@@ -111,17 +111,18 @@ def calls(device: str) -> Iterator[Call]:
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
-    "pack_linear", "pack_quant", "pack_cuda", "stack", "dequantise", "dequantise_packed", "table",
-    "fits_together", "fits_kernels", "fits_cuda",
+    "pack_linear", "pack_quant", "pack_cuda", "pack_cpu", "dequantise_packed", "fits_kernels", "fits_cuda",
+    "fits_cpu", "has_fused_product",
     "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
+_NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
 
 
 def public_ops() -> dict[str, Callable[..., Any]]:
     """All public functions of the package's modules by name."""
     found = {}
     for module_info in pkgutil.iter_modules(tgi_kernels.__path__):
-        if module_info.name.startswith("_") or module_info.name == "reference":
+        if module_info.name.startswith("_") or module_info.name in {"reference", *_NO_OPS_IN}:
             continue
         module = importlib.import_module(f"tgi_kernels.{module_info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):

@@ -8,12 +8,14 @@ import torch
 from tests.kernels.compare import assert_near, assert_same_bits, normal, poisoned
 from tgi_kernels import cpu
 from tgi_kernels._library import ops
+from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import linear, pack_linear
-from tgi_kernels.quant import pack_quant, quant_linear
-from tgi_kernels.quant_weight import QuantWeight, Values, dequantise, table
+from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant_cpu import pack_cpu
+from tgi_kernels.quant_weight import BITS, QuantWeight, Values, dequantise, table
 from tgi_kernels.reference import quant as oracle
 
-TOKENS = [0, 1, 2, 5, 6, 7, 16, 33, 241]
+TOKENS = [0, 1, 2, 7, 33]
 # in_features, out_features, group size
 SHAPES = [
     (1, 1, 1),
@@ -21,9 +23,29 @@ SHAPES = [
     (31, 33, 31),
     (24, 40, 8),
     (96, 100, 32),
+    (112, 33, 16),
     (576, 64, 64),
     (257, 65, 257),
     (1152, 31, 128),
+]
+
+
+# Bits, dtype of scales, what codes stand for, what shifts them.
+Kind = tuple[int, torch.dtype, Values, str]
+KINDS: list[Kind] = [
+    *((bits, torch.float16, "integer", "zeros") for bits in range(2, 9)),
+    *((bits, torch.float32, "integer", "zeros") for bits in range(2, 9)),
+    *((bits, torch.bfloat16, "integer", "offsets") for bits in range(2, 9)),
+    (4, torch.float16, "integer", "small offsets"),
+    (4, torch.bfloat16, "integer", "one zero"),
+    (8, torch.float32, "integer", "one zero"),
+    (6, torch.float32, "integer", "nothing"),
+    (4, torch.float32, "nf4", "nothing"),
+    (4, torch.float16, "nf4", "offsets"),
+    (4, torch.float32, "fp4", "nothing"),
+    (4, torch.bfloat16, "e2m1", "nothing"),
+    (8, torch.float32, "e4m3", "nothing"),
+    (8, torch.bfloat16, "e4m3", "nothing"),
 ]
 
 
@@ -32,24 +54,41 @@ def random_weight(
     shape: tuple[int, int, int],
     bits: int = 4,
     scale: torch.dtype = torch.float16,
+    values: Values = "integer",
+    shift: str = "zeros",
     *,
     ordered: bool = False,
 ) -> QuantWeight:
-    """Every code and zero point there is, scales of both signs."""
+    """Every code and zero point there is but NaN, scales of both signs."""
     in_features, out_features, group_size = shape
     groups = in_features // group_size
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), generator=noise, dtype=torch.uint8)
+    if values == "e4m3":
+        codes[(codes & 0x7F) == 0x7F] = 0
+    zeros = torch.randint(0, (1 << bits) + 1, (out_features, groups), generator=noise, dtype=torch.int16)
+    offsets = normal(noise, out_features, groups)
     return QuantWeight(
-        torch.randint(0, 1 << bits, (out_features, in_features), generator=noise, dtype=torch.uint8),
+        codes,
         (normal(noise, out_features, groups) * 0.02).to(scale),
-        torch.randint(0, (1 << bits) + 1, (out_features, groups), generator=noise, dtype=torch.int16),
+        zeros if shift == "zeros" else torch.full_like(zeros, 1 << bits - 1) if shift == "one zero" else None,
         group_size,
         bits,
         torch.randperm(in_features, generator=noise) if ordered else None,
+        values,
+        offsets if shift == "offsets" else offsets.half().float() if shift == "small offsets" else None,
     )
 
 
 def exact(weight: QuantWeight) -> torch.Tensor:
-    return oracle.dequantise(weight.codes, weight.scales, weight.zeros, weight.group_size, weight.order)
+    return oracle.dequantise(
+        weight.codes,
+        weight.scales,
+        weight.zeros if weight.offsets is None else weight.offsets,
+        weight.group_size,
+        weight.order,
+        values=None if weight.values == "integer" else table(weight.values),
+        has_offsets=weight.offsets is not None,
+    )
 
 
 @pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16], ids=str)
@@ -66,25 +105,85 @@ def test_dequantising_is_exact_and_rounds_once(
     assert_same_bits(dequantise(weight, dtype), want.to(dtype))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_weight_of_every_kind_is_rounded_once(noise: torch.Generator, kind: Kind) -> None:
+    weight = random_weight(noise, (64, 70, 16), *kind, ordered=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same_bits(dequantise(weight, dtype), exact(weight).float().to(dtype))
+
+
+@pytest.mark.parametrize("values", BITS)
+def test_codes_stand_for_the_numbers_of_their_kind(values: Values) -> None:
+    want = oracle.numbers(values, BITS[values][0])
+    if values == "integer":
+        with pytest.raises(KeyError):
+            table(values)
+    else:
+        torch.testing.assert_close(table(values).double(), want, rtol=0, atol=1.5e-7, equal_nan=True)
+
+
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_product_has_the_bits_of_the_dense_one(
-    noise: torch.Generator, bits: int, shape: tuple[int, int, int]
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_product_has_the_bits_of_the_dense_one(noise: torch.Generator, kind: Kind) -> None:
+    for shape in SHAPES:
+        weight = random_weight(noise, shape, *kind)
+        assert fits_kernels(weight)
+        packed, dense = pack_quant(weight), pack_linear(dequantise(weight, torch.float32))
+        for tokens in TOKENS:
+            x, bias = normal(noise, tokens, shape[0]), normal(noise, shape[1])
+            for given in (None, bias):
+                out = poisoned(tokens, shape[1])
+                assert quant_linear(x, packed, given, out=out) is out
+                assert_same_bits(out, linear(x, dense, given))
+            total = normal(noise, tokens, shape[1])
+            want = linear(x, dense, bias, residual=total)
+            quant_linear(x, packed, bias, residual=total, out=total)
+            assert_same_bits(total, want)
+        assert_near(out, oracle.quant_linear(x, exact(weight), bias), times=4)
+
+
+@pytest.mark.usefixtures("isa")
+def test_many_tokens_have_the_bits_of_the_dense_product(noise: torch.Generator) -> None:
+    weight = random_weight(noise, (328, 65, 8), 5, torch.bfloat16, "integer", "offsets")
+    x = normal(noise, 241, 328)
+    dense = pack_linear(dequantise(weight, torch.float32))
+    assert_same_bits(quant_linear(x, pack_quant(weight)), linear(x, dense))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("inner", [1, 16, 50])
+def test_a_gate_has_the_bits_of_one_after_the_dense_product(
+    noise: torch.Generator, gate: Gate, inner: int
 ) -> None:
-    weight = random_weight(noise, shape, bits)
+    weight = random_weight(noise, (96, 2 * inner, 32))
     packed, dense = pack_quant(weight), pack_linear(dequantise(weight, torch.float32))
     for tokens in TOKENS:
-        x, bias = normal(noise, tokens, shape[0]), normal(noise, shape[1])
-        for given in (None, bias):
-            out = poisoned(tokens, shape[1])
-            assert quant_linear(x, packed, given, out=out) is out
-            assert_same_bits(out, linear(x, dense, given))
-            total = normal(noise, tokens, shape[1])
-            want = linear(x, dense, given, residual=total)
-            quant_linear(x, packed, given, residual=total, out=total)
-            assert_same_bits(total, want)
-            assert_near(out, oracle.quant_linear(x, exact(weight), given), times=4)
+        x, bias = normal(noise, tokens, 96), normal(noise, 2 * inner)
+        out = poisoned(tokens, inner)
+        assert quant_linear(x, packed, bias, gate=gate, out=out) is out
+        assert_same_bits(out, linear(x, dense, bias, gate=gate))
+    with pytest.raises(ValueError, match="both a gate"):
+        quant_linear(x, packed, bias, gate=gate, residual=out)
+
+
+def test_codes_that_are_nan_fit_no_kernel(noise: torch.Generator) -> None:
+    weight = random_weight(noise, (32, 3, 32), 8, torch.float32, "e4m3", "nothing")
+    weight.codes[1, 5] = 0xFF
+    assert not fits_kernels(weight)
+    with pytest.raises(ValueError, match="1 of 96 codes are NaN"):
+        pack_quant(weight)
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**110, float("nan")])
+def test_scales_at_the_ends_of_float32_fit_no_kernel(noise: torch.Generator, scale: float) -> None:
+    weight = random_weight(noise, (32, 3, 32), 4, torch.float32)
+    weight.scales[1] = 0
+    assert fits_kernels(weight)
+    weight.scales[1] = scale
+    assert not fits_kernels(weight)
+    with pytest.raises(ValueError, match="scales reach from"):
+        pack_quant(weight)
 
 
 @pytest.mark.usefixtures("isa")
@@ -134,26 +233,6 @@ def test_a_weight_of_a_table_has_no_zeros(noise: torch.Generator) -> None:
         QuantWeight(weight.codes, weight.scales, weight.zeros, 32, 4, values="nf4")
 
 
-@pytest.mark.parametrize("values", ["nf4", "fp4", "e2m1"])
-def test_values_of_tables_are_scaled_and_rounded_once(noise: torch.Generator, values: Values) -> None:
-    codes = torch.arange(16, dtype=torch.uint8).repeat(3, 2)
-    scales = normal(noise, 3, 2)
-    weight = QuantWeight(codes, scales, None, 16, 4, values=values)
-    want = table(values).double()[codes.long()] * scales.double().repeat_interleave(16, 1)
-    assert_same_bits(dequantise(weight, torch.float32), want.float())
-    assert_same_bits(dequantise(weight, torch.bfloat16), want.float().bfloat16())
-
-
-def test_offsets_are_added_before_the_rounding(noise: torch.Generator) -> None:
-    codes = torch.randint(0, 64, (5, 32), generator=noise, dtype=torch.uint8)
-    scales, offsets = normal(noise, 5, 2), normal(noise, 5, 2)
-    weight = QuantWeight(codes, scales, None, 16, 6, offsets=offsets)
-    want = codes.double() * scales.double().repeat_interleave(16, 1) + offsets.double().repeat_interleave(
-        16, 1
-    )
-    assert_same_bits(dequantise(weight, torch.float32), want.float())
-
-
 def test_x_of_another_width_is_refused_with_both_shapes(noise: torch.Generator) -> None:
     packed = pack_quant(random_weight(noise, (96, 4, 32)))
     with pytest.raises(ValueError, match=r"x has shape \[2, 9\]; it needs \[tokens, 96\]"):
@@ -161,6 +240,6 @@ def test_x_of_another_width_is_refused_with_both_shapes(noise: torch.Generator) 
 
 
 def test_the_schema_tells_what_is_written(noise: torch.Generator) -> None:
-    packed = pack_quant(random_weight(noise, (96, 40, 32)))
-    arguments = (packed.words, packed.scales, packed.offsets, 4, 32, None, None)
+    packed = pack_cpu(random_weight(noise, (96, 40, 32)))
+    arguments = (packed.words, packed.scales, packed.shifts, True, 0.0, None, False, 32, None, None, 0)
     torch.library.opcheck(ops.quant_linear, (normal(noise, 3, 96), *arguments, torch.empty(3, 40)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.quantization import writers
+from tests.quantization.held import Held, read
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import FORMATS, scheme_of
@@ -18,32 +19,6 @@ from tgi_server.quantization.detect import FORMATS, scheme_of
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-
-
-class Held:
-    """Tensors of a checkpoint that is not on disk."""
-
-    folder = Path("model")
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self.tensors)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.tensors or self.tensors[name].shape != shape:
-            found = tuple(self.tensors[name].shape) if name in self.tensors else None
-            raise StartupError(f"{name} has shape {found}; config.json asks for {shape}")
-        return self.tensors[name]
-
-
-def read(section: dict[str, Any], tensors: dict[str, Tensor], out: int, columns: int) -> Any:
-    scheme = scheme_of({"quantization_config": section}, Path("model"))
-    assert scheme is not None
-    held = Held({f"m.{leaf}": tensor for leaf, tensor in tensors.items()})
-    assert scheme.covers(held, "m")
-    return scheme.read(held, "m", out, columns)
 
 
 def weight_of(out: int, columns: int) -> Tensor:
@@ -76,37 +51,6 @@ def test_every_code_of_awq_is_read_as_published() -> None:
     assert torch.equal(dequantise(found, torch.float32).double(), matrix.dense())
 
 
-@pytest.mark.parametrize("strategy", ["group", "channel"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_compressed_tensors_are_read_as_their_own_package_reads_them(
-    bits: int, symmetric: bool, strategy: str
-) -> None:
-    package = pytest.importorskip("compressed_tensors")
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy}
-    weights |= {"group_size": 32} if strategy == "group" else {}
-    scheme = package.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    compressor = package.compressors.PackedQuantizationCompressor
-    weight = weight_of(40, 96)
-    groups, half = (3 if strategy == "group" else 1), 1 << (bits - 1)
-    scale = (weight.abs().unflatten(1, (groups, -1)).amax(2) / half).bfloat16()
-    state = {"weight": weight.bfloat16(), "weight_scale": scale}
-    if not symmetric:
-        generator = torch.Generator().manual_seed(9)
-        state["weight_zero_point"] = torch.randint(
-            -half, half, scale.shape, generator=generator, dtype=torch.int8
-        )
-    packed = compressor.compress(state, scheme)
-    unpacked = compressor.decompress(packed, scheme)["weight"]
-    section = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-    }
-    found = read(section, packed, 40, 96)
-    assert torch.equal(dequantise(found, torch.bfloat16), unpacked.bfloat16())
-
-
 def test_compressed_tensors_choose_settings_by_target() -> None:
     groups = {
         "a": {"targets": ["re:.*down_proj"], "weights": WEIGHTS | {"num_bits": 8}},
@@ -125,7 +69,7 @@ def test_compressed_tensors_choose_settings_by_target() -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "bitsandbytes", "exl2", "fp8", None])
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "nvfp4", "quip", "eetq", "exl3", "mxfp4", None])
 def test_a_format_that_is_not_served_is_refused_by_name(method: str | None) -> None:
     with pytest.raises(StartupError, match=f"quantised as {method!r}; served are {', '.join(FORMATS)}"):
         scheme_of({"quantization_config": {"quant_method": method}}, Path("model"))
@@ -141,8 +85,7 @@ GPTQ_FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "group size 0": (lambda s, _: s.update(group_size=0), r"group_size is 0"),
     "small group": (lambda s, _: s.update(group_size=4), r"group_size is 4; multiples of 8"),
-    "packing": (lambda s, _: s.update(checkpoint_format="marlin"), r"checkpoint_format is 'marlin'"),
-    "own rules": (lambda s, _: s.update(dynamic={"x": {}}), r"`dynamic`"),
+    "packing": (lambda s, _: s.update(checkpoint_format="marlin_24"), r"checkpoint_format is 'marlin_24'"),
     "sym": (lambda s, _: s.update(sym="yes"), r"sym is 'yes'"),
     "zeros off by one": (
         lambda s, _: s.update(sym=True, checkpoint_format="gptq_v2"),
@@ -201,7 +144,7 @@ def test_a_contradiction_in_gptq_is_refused_with_name_and_numbers(fault: str) ->
                     "g": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": {"x": 1}}
                 },
             },
-            "quantised activations",
+            "weights of 4 bits beside input_activations of 8 .W4A8. are not served",
         ),
         (
             {

@@ -71,14 +71,14 @@ CASES: dict[str, tuple[dict[str, object], Callable[[str, Tensor], Made]]] = {
 }
 
 
-def load(folder: Path) -> Paged:
+def load(folder: Path, quantize: str = "") -> Paged:
     config = ModelConfig.from_folder(folder)
-    return Paged(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32), config)
+    return Paged(load_model(Checkpoint(folder), config, torch.device("cpu"), torch.float32, quantize), config)
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, **shape: int) -> None:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | shape), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.ndim == 1))

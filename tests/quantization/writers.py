@@ -88,6 +88,40 @@ def awq(matrix: Matrix) -> dict[str, Tensor]:
     }
 
 
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0]
+)  # fmt: skip
+
+
+def nf4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """bitsandbytes' tensors, in blocks of 32 for columns that 64 does not divide, and the matrix they stand for."""
+    block = 32 if weight.shape[1] % 64 else 64
+    blocks = weight.float().reshape(-1, block)
+    scales = blocks.abs().amax(1)
+    codes = ((blocks / scales[:, None])[:, :, None] - NF4).abs().argmin(2).flatten()
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "float32", "shape": list(weight.shape)}
+    tensors = {
+        "weight": (codes[::2] * 16 + codes[1::2]).to(torch.uint8)[:, None],
+        "weight.absmax": scales,
+        "weight.quant_map": NF4.clone(),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+    return tensors, (NF4[codes].reshape(blocks.shape) * scales[:, None]).reshape(weight.shape)
+
+
+def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """LLM.int8's tensors, and the matrix they stand for."""
+    largest = weight.float().abs().amax(1)
+    codes = (weight.float() * 127 / largest[:, None]).round().to(torch.int8)
+    scales = (largest.double() / 127).float()
+    return {"weight": codes, "SCB": largest}, codes * scales[:, None]
+
+
 def quantise_folder(folder: Path, section: dict[str, object], make: object) -> dict[str, Tensor]:
     """Replace the matrices of the blocks in folder/model.safetensors by `make(name, weight)`'s (tensors, dense).
 

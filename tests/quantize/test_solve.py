@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.quant_weight import dequantise
-from tgi_server.quantize.solve import Codes, Grid, gptq, nearest
+from tgi_server.quantize.grid import Grid
+from tgi_server.quantize.solve import Codes, gptq, nearest
 
 GRIDS = [
     Grid(4, 32, is_symmetric=True, orders_columns=False),

@@ -122,3 +122,24 @@ def test_a_clients_variables_cannot_replace_the_servers() -> None:
     chat = template("{{ messages | length }}{{ bos_token }}{{ thinking }}")
     extra = {"messages": [], "bos_token": "forged", "thinking": True}
     assert chat.render([USER], extra=extra) == "1<s>True"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{" + "(" * 40_000 + "1" + ")" * 40_000 + "}}",
+        "{% if a %}" * 2000 + "{% endif %}" * 2000,
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+    ],
+    ids=["parentheses", "conditions", "loops"],
+)
+def test_a_template_that_python_cannot_compile_is_refused_at_the_start(tmp_path: Path, source: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(StartupError, match=r"chat_template\.jinja: the chat template is nested too deep"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_a_template_that_takes_seconds_to_compile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{a}}" * 20_001)
+    with pytest.raises(StartupError, match="a chat template of 100005 characters; 100000 are taken at most"):
+        ChatTemplate.from_folder(tmp_path)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tgi_server.errors import StartupError
+
 _SPREAD = 0.02  # the usual standard deviation at the start of training: activations stay finite
 
 
@@ -22,6 +24,12 @@ class DummyCheckpoint:
     def names(self) -> frozenset[str]:
         """None: optional tensors, such as biases, are absent."""
         return frozenset()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of none: what has a shape of its own is optional, too."""
+        raise StartupError(
+            f"{self.folder}: {name} is made up in the shape that is asked for; it has none before"
+        )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Ones for vectors (they are scales of norms), a normal distribution for matrices."""

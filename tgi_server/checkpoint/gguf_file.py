@@ -1,44 +1,72 @@
-"""Reading GGUF files: a header walk that trusts nothing, and tensors dequantised to fp32.
+"""GGUF files: a header walk that trusts nothing. Knows no torch.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader
-believes the lengths it finds (a 43-byte file keeps it busy for ever), so only its dequantisation is used.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's reader believes the lengths
+it finds: a file of 43 bytes keeps it busy for ever.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Final
-
-import numpy as np
-import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from typing import Final
 
 from tgi_server.errors import StartupError
 
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar]
 
-# Far above any model in use, far below what would hurt: the largest files have a few thousand tensors,
-# vocabularies a few hundred thousand strings, chat templates a few ten thousand bytes.
-MAX_TENSORS: Final = 1 << 17
+# Far above any model in use, far below what would hurt: the largest files have two thousand tensors,
+# vocabularies and their merges half a million texts, chat templates a few ten thousand bytes.
+MAX_TENSORS: Final = 1 << 14
 MAX_FIELDS: Final = 1 << 16
-MAX_STRING_BYTES: Final = 1 << 24
-MAX_ARRAY_ITEMS: Final = 1 << 23
+MAX_HEADER_BYTES: Final = 1 << 28
+MAX_STRING_BYTES: Final = 1 << 20
+MAX_TEXTS: Final = 1 << 20  # of all arrays together, as the next
+MAX_NUMBERS: Final = 1 << 21
 MAX_DIMS: Final = 4
 MAX_ALIGNMENT: Final = 1 << 20
 MAX_NUMBER: Final = 1e30  # what fp32 holds; not a number is refused with it
 
 STRING_TYPE: Final = 8
 ARRAY_TYPE: Final = 9
-# GGUF's number of a scalar type → its struct format, little-endian.
-SCALAR_FORMATS: Final = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+# GGUF's number of a scalar type → its letter in struct's language.
+SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of tensors: `values` that follow each other in a row are one block of `size_bytes`."""
+
+    name: str
+    values: int
+    size_bytes: int
+
+
+# GGUF's number of a type of tensors that is read → what it is.
+KINDS: Final = {
+    0: Kind("F32", 1, 4),
+    1: Kind("F16", 1, 2),
+    2: Kind("Q4_0", 32, 18),
+    3: Kind("Q4_1", 32, 20),
+    6: Kind("Q5_0", 32, 22),
+    7: Kind("Q5_1", 32, 24),
+    8: Kind("Q8_0", 32, 34),
+    10: Kind("Q2_K", 256, 84),
+    11: Kind("Q3_K", 256, 110),
+    12: Kind("Q4_K", 256, 144),
+    13: Kind("Q5_K", 256, 176),
+    14: Kind("Q6_K", 256, 210),
+    30: Kind("BF16", 1, 2),
+}
+# Those that are refused by name.
+OTHER_KINDS: Final = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 
@@ -48,52 +76,29 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: Kind
     offset: int
     size_bytes: int
 
 
 class GgufFile:
-    """An open GGUF file whose header is read and whose tensors are known to lie inside it.
+    """A mapped GGUF file whose header is read and whose tensors are known to lie inside it.
 
-    Raises StartupError naming the file and what is wrong with it.
+    `data` is its bytes, private to this process, valid as long as something refers to it and the file does not
+    shrink. Raises StartupError naming the file and what is wrong with it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO = path.open("rb")
         try:
-            header = _HeaderReader(self._file, path.stat().st_size, path)
-            self.metadata, self.tensors = header.read()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> GgufFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def array(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
-        """The values of `tensor` as fp32, in its shape. Raises StartupError if its type is not supported."""
-        self._file.seek(tensor.offset)
-        data = np.frombuffer(self._file.read(tensor.size_bytes), dtype=np.uint8)
-        if data.size != tensor.size_bytes:
-            raise StartupError(
-                f"{self.path}: {tensor.name} has {data.size} of its {tensor.size_bytes} bytes; "
-                "the file shrank while it was read, fetch it again"
-            )
-        try:
-            values = dequantize(data, tensor.kind)
-        except NotImplementedError:
-            raise StartupError(
-                f"{self.path}: {tensor.name} is of type {tensor.kind.name}, which cannot be dequantised; "
-                "take a file of another quantisation"
-            ) from None
-        return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+            with path.open("rb") as file:
+                # Copied when written, which nobody does: torch wants memory that could be.
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError:
+            raise StartupError(f"{path} is not a sound GGUF file: it is empty; fetch it again") from None
+        except OSError as error:
+            raise StartupError(f"{path} cannot be read: {error.strerror}") from None
+        self.metadata, self.tensors = _HeaderReader(self.data, path).read()
 
     def text(self, key: str, default: str | None = None) -> str:
         return _as_text(self._value(key, default), self.path, key)
@@ -112,7 +117,7 @@ class GgufFile:
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
             raise _wrong_type(self.path, key, value, "a number")
-        return float(str(np.float32(value)))
+        return _shortest(float(value))
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._value(key, default)
@@ -125,6 +130,16 @@ class GgufFile:
 
     def integers(self, key: str) -> list[int]:
         return [_as_integer(item, self.path, key) for item in self._items(key)]
+
+    def floats_of(self, key: str) -> list[float]:
+        found = self._items(key)
+        if not all(isinstance(item, float) for item in found):
+            raise _wrong_type(self.path, key, found, "an array of floats")
+        return [float(item) for item in found]
+
+    def floats(self, tensor: GgufTensor) -> list[float]:
+        """The numbers of a small tensor in F32."""
+        return list(struct.unpack_from(f"<{math.prod(tensor.shape)}f", self.data, tensor.offset))
 
     def _items(self, key: str) -> list[Scalar]:
         value = self._value(key, None)
@@ -142,16 +157,19 @@ class GgufFile:
 class _HeaderReader:
     """Walks the header once; every count and length is held against the bytes that are left."""
 
-    def __init__(self, file: BinaryIO, size_bytes: int, path: Path) -> None:
-        self.file = file
-        self.size_bytes = size_bytes
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.size_bytes = len(data)
         self.path = path
+        self.end = min(self.size_bytes, MAX_HEADER_BYTES)  # of what may be header
         self.position = 0
+        self.texts_left = MAX_TEXTS
+        self.numbers_left = MAX_NUMBERS
 
     def read(self) -> tuple[Mapping[str, Value], Mapping[str, GgufTensor]]:
         if self.take(4) != b"GGUF":
             raise self.error("it does not begin with GGUF; give a .gguf file")
-        version = self.scalar("<I")
+        version = self.whole("I")
         if version not in (2, 3):
             raise self.error(f"its GGUF version is {version}; versions 2 and 3, little-endian, are read")
         num_tensors = self.count("tensors", MAX_TENSORS)
@@ -160,7 +178,7 @@ class _HeaderReader:
         for _ in range(num_fields):
             key = self.string()
             if key in metadata:
-                raise self.error(f"{key!r} appears twice in its metadata")
+                raise self.error(f"{key[:100]!r} appears twice in its metadata")
             metadata[key] = self.value()
         infos = [self.tensor_info() for _ in range(num_tensors)]
         return metadata, self.place(infos, self.alignment(metadata))
@@ -171,15 +189,15 @@ class _HeaderReader:
         end = start
         tensors: dict[str, GgufTensor] = {}
         for info in sorted(infos, key=lambda info: info.offset):
-            offset = start + info.offset
+            offset, name = start + info.offset, info.name[:100]
             if info.name in tensors:
-                raise self.error(f"tensor {info.name!r} appears twice")
+                raise self.error(f"tensor {name!r} appears twice")
             if info.offset % alignment or offset < end:
-                raise self.error(f"tensor {info.name!r} at byte {offset} is misaligned or overlaps another")
+                raise self.error(f"tensor {name!r} at byte {offset} is misaligned or overlaps another")
             end = offset + info.size_bytes
             if end > self.size_bytes:
                 raise self.error(
-                    f"tensor {info.name!r} ends at byte {end}, the file at {self.size_bytes}; fetch it again"
+                    f"tensor {name!r} ends at byte {end}, the file at {self.size_bytes}; fetch it again"
                 )
             tensors[info.name] = GgufTensor(info.name, info.shape, info.kind, offset, info.size_bytes)
         return tensors
@@ -188,66 +206,99 @@ class _HeaderReader:
         value = metadata.get("general.alignment", 32)
         if type(value) is not int or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
             raise self.error(
-                f"general.alignment is {value!r}; a power of two up to {MAX_ALIGNMENT} is needed"
+                f"general.alignment is {str(value)[:40]}; a power of two up to {MAX_ALIGNMENT} is needed"
             )
         return value
 
     def tensor_info(self) -> GgufTensor:
         """A tensor's entry, its offset still counted from the start of the data."""
         name = self.string()
-        num_dims = int(self.scalar("<I"))
+        short = name[:100]
+        num_dims = self.whole("I")
         if not 1 <= num_dims <= MAX_DIMS:
-            raise self.error(f"tensor {name!r} has {num_dims} dimensions; 1 to {MAX_DIMS} are read")
-        shape = tuple(int(self.scalar("<Q")) for _ in range(num_dims))[::-1]
-        number, offset = int(self.scalar("<I")), int(self.scalar("<Q"))
-        try:
-            kind = GGMLQuantizationType(number)
-            block_values, block_bytes = GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError):
-            raise self.error(f"tensor {name!r} is of type {number}, which is unknown here") from None
-        if min(shape) < 1 or shape[-1] % block_values:
+            raise self.error(f"tensor {short!r} has {num_dims} dimensions; 1 to {MAX_DIMS} are read")
+        shape = tuple(self.whole("Q") for _ in range(num_dims))[::-1]
+        number, offset = self.whole("I"), self.whole("Q")
+        kind = KINDS.get(number)
+        if kind is None:
+            known = OTHER_KINDS.get(number)
             raise self.error(
-                f"tensor {name!r} has shape {shape}, which {kind.name} blocks of {block_values} cannot fill"
+                f"tensor {short!r} is of type {known or number}, which is {'not served' if known else 'unknown'}; take "
+                f"a file of {', '.join(kind.name for kind in KINDS.values())}"
             )
-        return GgufTensor(name, shape, kind, offset, math.prod(shape) // block_values * block_bytes)
+        if min(shape) < 1 or shape[-1] % kind.values:
+            raise self.error(
+                f"tensor {short!r} has shape {shape}, which {kind.name} blocks of {kind.values} cannot fill"
+            )
+        return GgufTensor(name, shape, kind, offset, math.prod(shape) // kind.values * kind.size_bytes)
 
     def value(self) -> Value:
-        type_number = int(self.scalar("<I"))
-        if type_number != ARRAY_TYPE:
-            return self.item_reader(type_number)()
-        read_item = self.item_reader(int(self.scalar("<I")))
-        return [read_item() for _ in range(self.count("array items", MAX_ARRAY_ITEMS))]
-
-    def item_reader(self, type_number: int) -> Callable[[], Scalar]:
+        type_number = self.whole("I")
         if type_number == STRING_TYPE:
-            return self.string
-        layout = SCALAR_FORMATS.get(type_number)
-        if layout is None:
-            raise self.error(f"a metadata value is of type {type_number}, which is unknown here")
-        return lambda: self.scalar(layout)
+            return self.string()
+        if type_number != ARRAY_TYPE:
+            return self.numbers(self.letter(type_number), 1)[0]
+        type_number = self.whole("I")
+        if type_number == STRING_TYPE:
+            count = self.count("array items", self.texts_left, least_bytes=8)
+            self.texts_left -= count
+            return self.strings(count)
+        letter = self.letter(type_number)
+        count = self.count("array items", self.numbers_left, least_bytes=struct.calcsize(letter))
+        self.numbers_left -= count
+        return self.numbers(letter, count)
 
-    def count(self, what: str, limit: int) -> int:
-        number = int(self.scalar("<Q"))
-        # Each thing counted takes at least a byte, so a count above the bytes left is a lie.
-        if number > min(limit, self.size_bytes - self.position):
+    def letter(self, type_number: int) -> str:
+        letter = SCALARS.get(type_number)
+        if letter is None:
+            raise self.error(f"a metadata value is of type {type_number}, which is unknown here")
+        return letter
+
+    def count(self, what: str, limit: int, least_bytes: int = 1) -> int:
+        """How many there are of something that takes `least_bytes` each: a count above the bytes left is a lie."""
+        number = self.whole("Q")
+        if number > min(limit, (self.end - self.position) // least_bytes):
             raise self.error(
-                f"it claims {number} {what} with {self.size_bytes - self.position} bytes left (limit {limit})"
+                f"it claims {number} {what} with {self.end - self.position} bytes left (limit {limit})"
             )
         return number
 
     def string(self) -> str:
         length = self.count("bytes of text", MAX_STRING_BYTES)
         try:
-            return self.take(length).decode("utf-8")
+            return self.take(length).decode()
         except UnicodeDecodeError:
             raise self.error("a text is not UTF-8") from None
 
-    def scalar(self, layout: str) -> bool | int | float:
-        value: bool | int | float = struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-        return value
+    def strings(self, count: int) -> list[Scalar]:
+        """As `string`, in a loop without calls: vocabularies have half a million."""
+        data, at, texts = self.data, self.position, list[Scalar]()
+        unpack: Callable[[mmap.mmap, int], tuple[int]] = struct.Struct("<Q").unpack_from
+        last = self.end - 8
+        for _ in range(count):
+            length = unpack(data, at)[0] if at <= last else MAX_STRING_BYTES + 1
+            if length > MAX_STRING_BYTES or at + 8 + length > self.end:
+                self.position = at
+                raise self.error("a text in an array is longer than the file or a megabyte")
+            at += 8
+            try:
+                texts.append(data[at : at + length].decode())
+            except UnicodeDecodeError:
+                self.position = at
+                raise self.error("a text is not UTF-8") from None
+            at += length
+        self.position = at
+        return texts
+
+    def numbers(self, letter: str, count: int) -> list[Scalar]:
+        layout = f"<{count}{letter}"
+        return list(struct.unpack(layout, self.take(struct.calcsize(layout))))
+
+    def whole(self, letter: str) -> int:
+        return int(self.numbers(letter, 1)[0])
 
     def take(self, num_bytes: int) -> bytes:
-        data = self.file.read(num_bytes)
+        data = self.data[self.position : min(self.position + num_bytes, self.end)]
         if len(data) != num_bytes:
             raise self.error(f"{num_bytes} bytes are needed, {len(data)} are left; fetch the file again")
         self.position += num_bytes
@@ -255,6 +306,13 @@ class _HeaderReader:
 
     def error(self, message: str) -> StartupError:
         return StartupError(f"{self.path} is not a sound GGUF file: at byte {self.position}, {message}")
+
+
+def _shortest(value: float) -> float:
+    """The decimal of fewest digits that fp32 rounds to the same number."""
+    stored = struct.pack("<f", value)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(6, 10))
+    return next((short for short in candidates if struct.pack("<f", short) == stored), value)
 
 
 def _as_text(value: Value, path: Path, key: str) -> str:
@@ -270,5 +328,5 @@ def _as_integer(value: Value, path: Path, key: str) -> int:
 
 
 def _wrong_type(path: Path, key: str, value: Value, wanted: str) -> StartupError:
-    shown = f"an array of {len(value)}" if isinstance(value, list) else repr(value)
+    shown = f"an array of {len(value)}" if isinstance(value, list) else repr(value)[:100]
     return StartupError(f"{path}: {key} is {shown}; {wanted} is needed")

@@ -1,7 +1,8 @@
-"""Which safetensors files a folder has and what their headers say, without torch and without reading weights.
+"""Which files with weights a folder has and what their headers say, without torch and without reading weights.
 
 Every number in a header is checked against the file's size before anything is read by it, and errors name the file
-and the offset. The format: 8 bytes with the header's length, the header (JSON), then the tensors' bytes without gaps.
+and the offset. Safetensors: 8 bytes with the header's length, the header (JSON), then the tensors' bytes without gaps;
+GGUF: see gguf_file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from math import prod
 from pathlib import Path
 from typing import Final, NoReturn, TypeGuard
 
+from tgi_server.checkpoint.gguf_file import GgufFile
+from tgi_server.checkpoint.gguf_folder import gguf_of
+from tgi_server.checkpoint.gguf_model import weights
 from tgi_server.errors import StartupError
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -45,13 +49,16 @@ class Entry:
     end: int
 
 
-def stored_types(folder: Path) -> dict[str, str]:
-    """The type of each tensor in the folder as its file writes it, such as "BF16"; empty without files.
+def stored_tensors(folder: Path) -> dict[str, Entry]:
+    """What the headers in the folder say of each tensor; empty without files.
 
     Files that are not there are no error: a plan can do without. Raises StartupError naming one that is damaged.
     """
+    if path := gguf_of(folder):
+        found = weights(GgufFile(path)).items()
+        return {name: Entry(t.kind.name, t.shape, t.offset, t.offset + t.size_bytes) for name, t in found}
     headers = (read_header(path) for path in sorted(folder.glob("model*.safetensors")))
-    return {name: entry.dtype for name, entry in chain.from_iterable(header.items() for header in headers)}
+    return dict(chain.from_iterable(header.items() for header in headers))
 
 
 def check_files(folder: Path) -> frozenset[str]:
@@ -59,6 +66,8 @@ def check_files(folder: Path) -> frozenset[str]:
 
     Raises StartupError naming what is missing or damaged.
     """
+    if gguf := gguf_of(folder):
+        return frozenset(weights(GgufFile(gguf)))
     names: set[str] = set()
     for path, promised in tensor_files(folder).items():
         held = read_header(path).keys()
@@ -89,6 +98,8 @@ def tensor_files(folder: Path) -> dict[Path, set[str]]:
     """
     if not folder.is_dir():
         raise StartupError(f"{folder} is no folder; give one that holds {SINGLE_FILE} and config.json")
+    if gguf := gguf_of(folder):
+        return {gguf: set()}
     if (folder / SINGLE_FILE).exists():
         return {folder / SINGLE_FILE: set()}
     if (folder / INDEX_FILE).exists():
@@ -101,8 +112,7 @@ def tensor_files(folder: Path) -> dict[Path, set[str]]:
         )
     if ggufs := [name for name in others if name.endswith(".gguf")]:
         raise StartupError(
-            f"{folder} holds {ggufs[0]} and no safetensors; convert it: "
-            f"python -m tgi_server.checkpoint.gguf {folder / ggufs[0]} NEW_FOLDER"
+            f"{folder} holds {ggufs[0]} and no safetensors; give the file itself: {folder / ggufs[0]}"
         )
     raise StartupError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; its files: {others[:8]}")
 
@@ -155,7 +165,7 @@ def _parsed(path: Path, header: bytes) -> Mapping[str, object]:
 def _entry(path: Path, name: str, value: object) -> Entry:
     entry = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         _damaged(path, f"tensor {name[:100]!r} has type {str(dtype)[:40]!r}, which is unknown")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         _damaged(path, f"tensor {name[:100]!r} has shape {str(shape)[:80]} and offsets {str(offsets)[:80]}")

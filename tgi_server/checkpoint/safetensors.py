@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tgi_server.checkpoint.gguf_folder import gguf_of
 from tgi_server.checkpoint.headers import INDEX_FILE, read_header, tensor_files
 from tgi_server.errors import StartupError
 
@@ -23,6 +24,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if gguf := gguf_of(folder):
+            raise StartupError(
+                f"{gguf} is served as it is; what quantises reads safetensors. Take the model's own folder, or write "
+                f"one: python -m tgi_server.checkpoint.gguf {gguf} NEW_FOLDER"
+            )
         # safe_open has no public class to name: it is what the library returns for a file.
         self._file_of: dict[str, Any] = {}
         for path, promised in tensor_files(folder).items():

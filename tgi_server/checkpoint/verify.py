@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tgi_server.checkpoint.gguf_folder import gguf_of
 from tgi_server.checkpoint.headers import tensor_files
 from tgi_server.errors import StartupError
 
@@ -40,13 +41,17 @@ def verify(folder: Path, threads: int) -> Verified:
 
     Raises StartupError naming the file that differs, or one with weights whose checksum is not known.
     """
-    files = sorted({path for pattern in _READ_AT_ONCE for path in folder.glob(pattern) if path.is_file()})
+    weights = list(tensor_files(folder))
+    if gguf := gguf_of(folder):
+        folder, files = gguf.parent, [gguf]
+    else:
+        files = sorted({path for pattern in _READ_AT_ONCE for path in folder.glob(pattern) if path.is_file()})
     listed = _listed(folder)
     known = {path: found for path in files if (found := _expected(path, listed))}
-    if without := [path.name for path in tensor_files(folder) if path not in known]:
+    if without := [path.name for path in weights if path not in known]:
         raise StartupError(
             f"--verify: nobody knows the checksum of {without[0]}; fetch {folder.name} from the Hub, or write "
-            f"{folder / SUMS_FILE} where the files can be trusted: sha256sum *.json *.safetensors > {SUMS_FILE}"
+            f"{folder / SUMS_FILE} where the files can be trusted: sha256sum *.json *{weights[0].suffix} > {SUMS_FILE}"
         )
     with ThreadPoolExecutor(threads) as pool:
         sizes = list(pool.map(lambda path: _compare(path, known[path]), known))

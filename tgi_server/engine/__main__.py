@@ -20,13 +20,14 @@ import torch
 
 from tgi_kernels import cpu
 from tgi_server.checkpoint.dummy import DummyCheckpoint
-from tgi_server.checkpoint.headers import stored_types, tensor_files
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.headers import stored_tensors, tensor_files
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
 from tgi_server.engine.failures import DeviceLost
 from tgi_server.engine.gpu_runner import DTYPES, GpuRunner, room_bytes
+from tgi_server.engine.quality import read_page
 from tgi_server.engine.request import EngineStatus
 from tgi_server.engine.runner import CpuRunner
 from tgi_server.engine.startup import Startup
@@ -35,6 +36,8 @@ from tgi_server.layers.weights import Source
 from tgi_server.logs import TOO_FEW_PROCESSES, logging_to_stderr
 from tgi_server.memory_plan import Asked, can_plan, plan_memory, table
 from tgi_server.models import load_model
+from tgi_server.quantization.contents import contents_of
+from tgi_server.quantization.kv_scales import kv_scale_warning
 
 _PR_SET_PDEATHSIG = 1
 _NOT_OURS = (MemoryError, OSError, RuntimeError)  # the device's memory is full, a file cannot be read
@@ -75,6 +78,9 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
             config = set_up_cpu(config)
         startup = Startup(channel.send)
         runner = _runner(config, startup)
+        if config.page_ids:
+            with startup.phase("quality check"):
+                _check_quality(config, runner)
     except _NOT_OURS as error:
         log.exception("loading failed")
         hint = f": {TOO_FEW_PROCESSES}" if os.strerror(errno.EAGAIN) in str(error) else ""
@@ -90,6 +96,17 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
         log.critical("%s", error)
         channel.send(EngineStatus(phase="failed", detail=str(error)))
         raise
+
+
+def _check_quality(config: EngineConfig, runner: Runner) -> None:
+    """Raises StartupError if the model foretells text no better than counting does."""
+    page = read_page(config, runner, config.page_ids)
+    page.require_language()
+    log.info(
+        "quality check: perplexity %.1f on a page of plain English, %.1f is that of counting its tokens",
+        page.perplexity,
+        page.by_frequency,
+    )
 
 
 def set_up_cpu(config: EngineConfig) -> EngineConfig:
@@ -126,7 +143,10 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
         room = room_bytes(config.memory_fraction, device)
     config = _planned(config, model_config, room)
     with startup.phase("weights"):
-        model = load_model(_source(config, startup), model_config, device, dtype)
+        source = _source(config, startup)
+        if config.fp8_cache:
+            log.warning("%s", kv_scale_warning(source))
+        model = load_model(source, model_config, device, dtype, config.quantize)
         torch.cuda.synchronize(device)
     with startup.phase("cache and graphs"):
         return GpuRunner(config, model, dtype)
@@ -137,14 +157,16 @@ def _source(config: EngineConfig, startup: Startup) -> Source:
     if config.dummy_weights:
         return DummyCheckpoint(config.model, torch.device(config.device), DTYPES[config.dtype])
     size_bytes = sum(path.stat().st_size for path in tensor_files(config.model))
-    return startup.watched(Checkpoint(config.model), size_bytes)
+    return startup.watched(open_checkpoint(config.model), size_bytes)
 
 
 def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> EngineConfig:
     """With as many pages as the plan for a GPU finds room for. Raises StartupError, before anything is loaded, if
     that is too little; models whose weights the plan does not know are counted when they are there.
     """
-    if not can_plan(model):
+    tensors = {} if config.dummy_weights else stored_tensors(config.model)
+    contents = contents_of(model.raw, config.model, tensors, config.quantize)
+    if not can_plan(model, contents):
         return config
     asked = Asked(
         config.max_total_tokens,
@@ -153,9 +175,7 @@ def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> Eng
         config.num_pages * PAGE_TOKENS,
         config.fp8_cache,
     )
-    plan = plan_memory(
-        model, {} if config.dummy_weights else stored_types(config.model), asked, memory_bytes, on_gpu=True
-    )
+    plan = plan_memory(model, contents, asked, memory_bytes, on_gpu=True)
     plan.check()
     for line in table([plan]).splitlines():
         log.info("%s", line)

@@ -53,6 +53,7 @@ class Runner(Protocol):
     """Computes plans in the order they are launched."""
 
     num_pages: int  # of KV cache, what the device has room for
+    matrices: dict[str, str]  # format and kernel by group of the model's matrices
 
     def launch(self, plan: Plan) -> Launched:
         """Start computing; returns at once where the device is asynchronous.
@@ -109,6 +110,7 @@ class Engine:
             config.queue_timeout_s,
         )
         self._cpu_isa = config.cpu_isa if config.device == "cpu" else ""
+        self._matrices = runner.matrices
         self._pool = PagePool(runner.num_pages)
         self._scheduler = Scheduler(self._pool, limits, time.monotonic, model=str(config.model))
         self._runner = runner
@@ -211,6 +213,7 @@ class Engine:
                 free_pages=self._pool.available,
                 total_pages=self._pool.total,
                 cpu_isa=self._cpu_isa,
+                matrices=self._matrices,
                 **asdict(self._scheduler.counts),
                 **asdict(self._steps),
             )

@@ -26,6 +26,7 @@ from tgi_server.engine.staging import Fetched, fetch, upload
 from tgi_server.errors import StartupError
 from tgi_server.layers.batch import Attend, Batch
 from tgi_server.layers.cache import pool_shape
+from tgi_server.layers.kinds import kinds
 from tgi_server.layers.paged import Decoding, DecodingThenPrompts, Prompts
 from tgi_server.memory_plan import GPU_RESERVE_BYTES, check_pages, pages_within
 from tgi_server.models.decoder import Decoder
@@ -46,6 +47,7 @@ class GpuRunner:
         self._buffers = DecodeBuffers.empty(rows, max_pages, model.vocab_size, dtype, device)
         kv = self._make_cache(config, torch.float8_e4m3fn if config.fp8_cache else dtype, max_pages)
         self.num_pages = kv.shape[1]
+        self.matrices = kinds(model)
         self._state = DeviceState(
             kv,
             torch.zeros((rows, max_pages), dtype=torch.int32, device=device),

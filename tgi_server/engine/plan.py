@@ -86,4 +86,7 @@ class Sampled(msgspec.Struct, array_like=True, gc=False):
     @property
     def is_number(self) -> bool:
         """Whether the logits were: a NaN or an infinity among them makes a logprob NaN, and that their sum."""
-        return not math.isnan(sum(self.logprobs) + sum(self.prompt_logprobs))
+        total = sum(self.logprobs)
+        if self.prompt_logprobs:
+            total += sum(self.prompt_logprobs)
+        return not math.isnan(total)

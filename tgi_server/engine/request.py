@@ -70,7 +70,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     id: str
 
 
-class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """News of one request: the tokens one step gave it (several under speculation), perhaps its end."""
 
     id: str
@@ -106,6 +106,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     total_pages: int = 0
     detail: str = ""
     cpu_isa: str = ""  # the instruction set of the kernels on a CPU
+    matrices: dict[str, str] = {}  # format and kernel by group of matrices; see `layers.kinds`
     # Counted since the engine started, for `/metrics`.
     prompt_tokens: int = 0  # of prompts begun
     prefix_hit_tokens: int = 0  # of those, found in the cache

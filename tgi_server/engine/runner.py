@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
 from tgi_server.engine.batch import BatchBuilder
 from tgi_server.engine.plan import Plan, Sampled
 from tgi_server.engine.sampler import Sampler, results
 from tgi_server.engine.verify import folded, unrolled
 from tgi_server.layers.cache import pool_shape
+from tgi_server.layers.kinds import kinds
 from tgi_server.layers.weights import Source
 from tgi_server.models import load_model
 
@@ -39,9 +40,14 @@ class CpuRunner:
         """
         model_config = ModelConfig.from_folder(config.model)
         self._model = load_model(
-            source or Checkpoint(config.model), model_config, torch.device("cpu"), torch.float32
+            source or open_checkpoint(config.model),
+            model_config,
+            torch.device("cpu"),
+            torch.float32,
+            config.quantize,
         )
         self.num_pages = config.num_pages
+        self.matrices = kinds(self._model)
         self._kv = torch.zeros(pool_shape(self._model.cache_specs, config.num_pages))
         self._builder = BatchBuilder(config.max_sequences, -(-config.max_total_tokens // PAGE_TOKENS))
         self._last_ids = np.zeros(config.max_sequences, np.int64)

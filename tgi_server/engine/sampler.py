@@ -28,8 +28,9 @@ from tgi_server.engine.plan import Asked, Plan, Sampled, Work
 
 # Of one sequence: the front ends take 1024 logit biases and 256 stop tokens beside the model's own.
 MAX_EDITS = 1536
-# Rows of logits that are in memory at once while a prompt's log-probabilities are computed.
-PROMPT_ROWS = 64
+# Rows of logits that are in memory at once while a prompt's log-probabilities are computed: as many as are drawn from
+# in a step, for which the memory plan has room, but no more than make the product quick, nor so few that it crawls.
+_FEWEST_PROMPT_ROWS, _MOST_PROMPT_ROWS = 8, 64
 
 Copy = Callable[[Tensor], Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -114,6 +115,7 @@ class Sampler:
         self._device = device
         self._settings = Settings.neutral(rows, tokens, MAX_EDITS, device)
         self._workspace = workspace(vocab) if device.type == "cpu" else None
+        self._prompt_rows = min(max(rows, _FEWEST_PROMPT_ROWS), _MOST_PROMPT_ROWS)
         self._asked: list[Asked | None] = [None] * rows  # None: nothing but the likeliest token
 
     def read(self, plan: Plan) -> None:
@@ -169,9 +171,9 @@ class Sampler:
     def _score(self, work: Work, hidden: Tensor, head: Head) -> Scored:
         ids = self._numbers(work.scored)
         logprobs, tops = [], []
-        for part in range(0, len(ids), PROMPT_ROWS):
-            logits = head(hidden[part : part + PROMPT_ROWS])
-            logprobs.append(token_logprobs(logits, ids[part : part + PROMPT_ROWS]))
+        for part in range(0, len(ids), self._prompt_rows):
+            logits = head(hidden[part : part + self._prompt_rows])
+            logprobs.append(token_logprobs(logits, ids[part : part + self._prompt_rows]))
             if work.top_logprobs:
                 most = min(work.top_logprobs, logits.shape[1])
                 tops.append(top_logprobs(logits, most, self._workspace))

@@ -23,7 +23,7 @@ from tgi_server.engine.pages import PagePool, root_key
 from tgi_server.engine.plan import Plan, Sampled, Work
 from tgi_server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tgi_server.engine.sequence import Sequence, pages_for
-from tgi_server.engine.verify import Guess, no_guess
+from tgi_server.engine.verify import Guess
 
 _key = attrgetter("key")
 
@@ -49,13 +49,13 @@ class Scheduler:
         pool: PagePool,
         limits: Limits,
         clock: Callable[[], float],
-        guess: Guess = no_guess,
+        guess: Guess | None = None,
         *,
         model: str = "",
         budget: Budget | None = None,
     ) -> None:
-        """clock: seconds, monotonic. model: whose keys and values the pool holds. budget: by default one that
-        learns from the steps what `limits.target_s` has room for.
+        """clock: seconds, monotonic. guess: by default one token a step. model: whose keys and values the pool holds.
+        budget: by default one that learns from the steps what `limits.target_s` has room for.
         """
         self._model = model
         self._pool = pool
@@ -138,19 +138,18 @@ class Scheduler:
         self._make_room()
         decodes: list[Work] = []
         chunks: list[Work] = []
-        wants = [(sequence, sequence.wanted) for sequence in self._running]
-        chunk_budget = self._budget.prompt_tokens(sum(1 for _, wanted in wants if wanted == 1))
-        for sequence, wanted in wants:
-            guesses = self._guesses(sequence, chunk_budget) if wanted == 1 else []
+        wants = [sequence.wanted for sequence in self._running]
+        chunk_budget = self._budget.prompt_tokens(wants.count(1))
+        for sequence, wanted in zip(tuple(self._running), wants, strict=True):
+            guesses = self._guesses(sequence, chunk_budget) if wanted == 1 and self._guess else []
             count = 1 + len(guesses) if wanted == 1 else min(wanted, chunk_budget)
             if count == 0 or sequence.row < 0 or not self._grow(sequence, sequence.scheduled + count):
                 continue
-            if wanted == 1:
-                chunk_budget -= len(guesses)
-                (chunks if guesses else decodes).append(self._work(sequence, 1, guesses))
+            if wanted == 1 and not guesses:
+                decodes.append(self._work(sequence, 1, guesses))
             else:
-                chunk_budget -= count
-                chunks.append(self._work(sequence, count))
+                chunk_budget -= count if wanted > 1 else len(guesses)
+                chunks.append(self._work(sequence, count - len(guesses), guesses))
         while chunk_budget > 0 and (admitted := self._admit()) is not None:
             count = min(admitted.wanted, chunk_budget)
             if not self._grow(admitted, admitted.scheduled + count):
@@ -185,11 +184,14 @@ class Scheduler:
                     sequence.scheduled = sequence.computed
             if result is not None and work.scored:
                 sequence.take_prompt_logprobs(work.start, result)
+            finish = None
             if result is not None and work.samples:
                 sequence.pending -= 1
-                events.append(self._extend(sequence, result))
-            self._publish(sequence)
-            if events and events[-1].id == work.id and events[-1].finish is not None:
+                events.append(event := self._extend(sequence, result))
+                finish = event.finish
+            if sequence.computed >= (sequence.published + 1) * PAGE_TOKENS:
+                self._publish(sequence)
+            if finish is not None:
                 self._drop(sequence)
         return events
 
@@ -219,26 +221,24 @@ class Scheduler:
 
     def _guesses(self, sequence: Sequence, most: int) -> list[int]:
         """Guesses to verify with a sequence's next token, whose own value must be known."""
-        if sequence.pending or not sequence.fed:
+        if self._guess is None or sequence.pending or not sequence.fed:
             return []
         left = sequence.request.max_new_tokens - sequence.generated - 1
         return self._guess(sequence.tokens)[: min(left, most)]
 
     def _work(self, sequence: Sequence, known: int, guesses: list[int] | None = None) -> Work:
         """The next step's share of a sequence: `known` of its tokens, and guesses of what follows them."""
+        request, start, fed = sequence.request, sequence.scheduled, sequence.fed
         guesses = guesses or []
         count = known + len(guesses)
-        start = sequence.scheduled
-        fed = sequence.fed
         asked = sequence.asked() if sequence.handed_over == 0 else None
-        scored = sequence.request.prompt_ids[start + 1 : start + count + 1] if sequence.scores_prompt else []
+        scored = request.prompt_ids[start + 1 : start + count + 1] if sequence.scores_prompt else []
         first_page, sequence.handed_over = sequence.handed_over, len(sequence.pages)
-        sequence.scheduled += count
-        samples = sequence.scheduled >= len(sequence.tokens) + sequence.pending
+        sequence.scheduled = start + count
+        sequence.fed = samples = start + count >= len(sequence.tokens) + sequence.pending
         sequence.pending += samples
-        sequence.fed = samples
         return Work(
-            id=sequence.request.id,
+            id=request.id,
             epoch=sequence.epoch,
             row=sequence.row,
             start=start,
@@ -247,9 +247,9 @@ class Scheduler:
             first_page=first_page,
             new_pages=sequence.pages[first_page:],
             samples=samples,
-            adapter=sequence.request.adapter,
+            adapter=request.adapter,
             asked=asked,
-            top_logprobs=sequence.request.top_logprobs,
+            top_logprobs=request.top_logprobs,
             guessed=len(guesses),
             scored=scored,
         )
@@ -337,20 +337,21 @@ class Scheduler:
         sequence.published = 0
 
     def _extend(self, sequence: Sequence, result: Sampled) -> TokenEvent:
-        request, before = sequence.request, sequence.generated
-        taken = 0
+        request, tokens = sequence.request, sequence.tokens
+        before = len(tokens)
+        first, limit = len(request.prompt_ids), len(request.prompt_ids) + request.max_new_tokens
         finish = None
         for token in result.token_ids:
-            sequence.tokens.append(token)
-            taken += 1
+            tokens.append(token)
             if token in request.stop_token_ids:
                 finish = FinishReason.EOS
-            elif before + taken >= request.max_new_tokens:
-                finish = FinishReason.LENGTH
-            if finish is not None:
                 break
+            if len(tokens) >= limit:
+                finish = FinishReason.LENGTH
+                break
+        taken = len(tokens) - before
         news = (request.id, result.token_ids[:taken], result.logprobs[:taken], finish, "", result.top[:taken])
-        if before > 0:
+        if before > first:
             return TokenEvent(*news)
         return TokenEvent(*news, sequence.prompt_logprobs, sequence.prompt_top, sequence.queued_s)
 

@@ -46,10 +46,10 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """How many tokens could be computed next; 0 when the last is being sampled, or guesses are being verified."""
-        known = len(self.tokens) + self.pending
-        if known - len(self.request.prompt_ids) >= self.request.max_new_tokens:
+        request, known = self.request, len(self.tokens) + self.pending
+        if known - len(request.prompt_ids) >= request.max_new_tokens or known < self.scheduled:
             return 0
-        return max(0, known - self.scheduled)
+        return known - self.scheduled
 
     @property
     def scores_prompt(self) -> bool:

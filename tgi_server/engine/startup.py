@@ -70,6 +70,9 @@ class _Watched:
     def names(self) -> frozenset[str]:
         return self._source.names()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.read(name, shape)
         if name not in self._seen:  # a tied head is the embedding once more

@@ -16,12 +16,6 @@ from tgi_server.engine.plan import Plan, Sampled, Work
 Guess = Callable[[list[int]], list[int]]
 
 
-def no_guess(tokens: list[int]) -> list[int]:
-    """Without speculation, one token a step."""
-    del tokens
-    return []
-
-
 def unrolled(plan: Plan) -> Plan:
     """`plan` with a work item for each guess, after the one whose next tokens are guessed."""
     if not any(work.guessed for work in plan.work):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import metadata
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from tgi_server.config import ServerConfig
 from tgi_server.engine.request import HONOURED as HONOURED_BY_ENGINE
+from tgi_server.http.body import wait_for_invitation
 from tgi_server.http.chat import post_chat
 from tgi_server.http.completions import post_completions
 from tgi_server.http.cors import answer_preflights, name_origin
@@ -36,27 +38,34 @@ from tgi_server.http.state import (
     PATIENCE,
     RENDERER,
     TEXT,
+    THREADS,
     TRACER,
     VERSION,
     Engine,
     Life,
     Patience,
 )
+from tgi_server.http.threads import Threads
 from tgi_server.http.tokenize import post_chat_tokenize, post_detokenize, post_tokenize
 from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
 
+
+def _post(path: str, handler: Handler) -> web.RouteDef:
+    return web.post(path, handler, expect_handler=wait_for_invitation)
+
+
 _ROUTES = (
-    web.post("/generate", post_generate),
-    web.post("/generate_stream", post_generate_stream),
-    web.post("/", post_compat),
-    web.post("/v1/chat/completions", post_chat),
-    web.post("/v1/completions", post_completions),
-    web.post("/tokenize", post_tokenize),
-    web.post("/detokenize", post_detokenize),
-    web.post("/chat_tokenize", post_chat_tokenize),
-    web.post("/invocations", post_invocations),
-    web.post("/vertex", post_vertex),
+    _post("/generate", post_generate),
+    _post("/generate_stream", post_generate_stream),
+    _post("/", post_compat),
+    _post("/v1/chat/completions", post_chat),
+    _post("/v1/completions", post_completions),
+    _post("/tokenize", post_tokenize),
+    _post("/detokenize", post_detokenize),
+    _post("/chat_tokenize", post_chat_tokenize),
+    _post("/invocations", post_invocations),
+    _post("/vertex", post_vertex),
     web.get("/v1/models", get_models),
     web.get("/v1/models/{model:.+}", get_model),
     web.get("/info", get_info),
@@ -99,6 +108,8 @@ def make_app(
     app[HONOURED] = honoured
     app[METRICS] = Metrics(config.max_total_tokens)
     app[LIFE] = Life()
+    app[THREADS] = Threads(config.max_queue)
+    app.on_cleanup.append(_close_threads)
     if tracer is not None:
         app[TRACER] = tracer
     if text.template is not None:
@@ -112,6 +123,10 @@ def make_app(
     if config.prometheus_port is None:
         app.router.add_get("/metrics", get_metrics)
     return app
+
+
+async def _close_threads(app: web.Application) -> None:
+    app[THREADS].close()
 
 
 async def _close_renderer(app: web.Application) -> None:

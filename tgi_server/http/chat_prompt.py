@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.messages import read_messages
 from tgi_server.http.prompt import check_encoded, check_length, encode
 from tgi_server.http.schema import Fields, check_json
-from tgi_server.http.state import CONFIG, RENDERER, TEXT
+from tgi_server.http.state import CONFIG, RENDERER, TEXT, THREADS
 
 _SET_BY_SERVER = (
     "messages", "tools", "documents", "add_generation_prompt", "tokenize",
@@ -64,11 +63,11 @@ async def render_chat(app: web.Application, fields: Fields) -> ChatPrompt:
 
 async def encode_chat(app: web.Application, prompt: ChatPrompt) -> list[int]:
     """Token ids of a chat. The template wrote the special tokens, none are added."""
-    text, config = app[TEXT], app[CONFIG]
     if not prompt.has_marks:
-        return await encode(text, config, prompt.rendered, "messages", add_special_tokens=False)
-    check_length(text, config, prompt.rendered, "messages")
-    ids, _ = await asyncio.to_thread(text.verbatim.encode, prompt.rendered)
+        return await encode(app, prompt.rendered, "messages", add_special_tokens=False)
+    text, rendered = app[TEXT], prompt.rendered
+    check_length(text, app[CONFIG], rendered, "messages")
+    ids, _ = await app[THREADS].run(len(rendered), text.verbatim.encode, rendered)
     return check_encoded(text, ids, "messages")
 
 
@@ -76,15 +75,15 @@ async def tokenize_chat(
     app: web.Application, prompt: ChatPrompt
 ) -> tuple[str, list[int], list[tuple[int, int]]]:
     """The text of a chat, its token ids, and which characters each came from."""
-    text = app[TEXT]
-    check_length(text, app[CONFIG], prompt.rendered, "messages")
+    text, rendered, threads = app[TEXT], prompt.rendered, app[THREADS]
+    check_length(text, app[CONFIG], rendered, "messages")
     if prompt.has_marks:
-        ids, offsets = await asyncio.to_thread(text.verbatim.encode, prompt.rendered)
-        return text.verbatim.reveal(prompt.rendered), ids, offsets
-    ids, offsets = await asyncio.to_thread(
-        text.tokenizer.encode_with_offsets, prompt.rendered, add_special_tokens=False
+        ids, offsets = await threads.run(len(rendered), text.verbatim.encode, rendered)
+        return text.verbatim.reveal(rendered), ids, offsets
+    ids, offsets = await threads.run(
+        len(rendered), text.tokenizer.encode_with_offsets, rendered, add_special_tokens=False
     )
-    return prompt.rendered, ids, offsets
+    return rendered, ids, offsets
 
 
 def _template_variables(fields: Fields) -> Mapping[str, object]:

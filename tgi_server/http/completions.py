@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -108,7 +109,8 @@ async def _read(app: web.Application, fields: Fields) -> _Query:
     jobs, prompts = [], []
     for prompt, path in given:
         if isinstance(prompt, str):
-            ids = await encode(text, config, prompt, path, add_special_tokens=special)
+            ids = await encode(app, prompt, path, add_special_tokens=special)
+            await asyncio.sleep(0)  # short ones are encoded here: let streams go on between them
         else:
             ids = check_ids(text, prompt, path, most_input_tokens(config))
         room = room_for_answer(config, len(ids), parameters.max_new_tokens or None, path, "max_tokens")

@@ -34,6 +34,14 @@ class Query:
     began_s: float  # monotonic, when reading began
     validated_s: float
 
+    def best_of(self, answers: Sequence[Sequence[Piece]]) -> Sequence[Piece]:
+        """The likeliest answer, by the mean of its tokens' logprobs."""
+        return max(answers, key=lambda answer: sum(piece.logprob for piece in answer) / len(answer))
+
+    def answer_text(self, answer: Sequence[Piece]) -> str:
+        text = "".join(piece.shown for piece in answer)
+        return self.prompt + text if self.return_full_text else text
+
 
 async def post_generate(request: web.Request) -> web.StreamResponse:
     query = await read_query(request.app, await read_fields(request))
@@ -63,14 +71,14 @@ async def answer_whole(request: web.Request, query: Query) -> tuple[dict[str, ob
     """Body and headers of an answer that is no stream."""
     text = request.app[TEXT]
     answers = await collect(maker_of(request), [query.job])
-    best = max(answers, key=_mean_logprob)
-    body: dict[str, object] = {"generated_text": _answer_text(query, best)}
+    best = query.best_of(answers)
+    body: dict[str, object] = {"generated_text": query.answer_text(best)}
     if query.details:
         details = _details(query, best, text.tokenizer)
         if len(answers) > 1:
             others = (answer for answer in answers if answer is not best)
             details["best_of_sequences"] = [
-                {"generated_text": _answer_text(query, other), **_details(query, other, text.tokenizer)}
+                {"generated_text": query.answer_text(other), **_details(query, other, text.tokenizer)}
                 for other in others
             ]
         body["details"] = details
@@ -91,7 +99,7 @@ async def answer_stream(request: web.Request, query: Query) -> web.StreamRespons
 async def read_query(app: web.Application, fields: Fields, *, full_text: bool = False) -> Query:
     """full_text: what `return_full_text` means when it is not given."""
     began_s = time.monotonic()
-    config, text = app[CONFIG], app[TEXT]
+    config = app[CONFIG]
     prompt = fields.text("inputs")
     if not prompt:
         fields.refuse("inputs", "is missing or empty; give the text to continue")
@@ -101,7 +109,7 @@ async def read_query(app: web.Application, fields: Fields, *, full_text: bool = 
     details = asked.flag("details") is True or parameters.prompt_logprobs
     wanted = asked.flag("return_full_text")
     truncate = asked.integer("truncate", 1, most_input_tokens(config))
-    ids = await encode(text, config, prompt, "inputs", add_special_tokens=True, cut=truncate is not None)
+    ids = await encode(app, prompt, "inputs", add_special_tokens=True, cut=truncate is not None)
     if truncate is not None:
         ids = ids[-truncate:]
     room = room_for_answer(config, len(ids), parameters.max_new_tokens, "inputs", "parameters.max_new_tokens")
@@ -185,15 +193,6 @@ def _prefill(job: Job, answer: Sequence[Piece], tokenizer: Tokenizer) -> list[di
         {"id": token_id, "text": tokenizer.decode([token_id], skip_special_tokens=False), "logprob": logprob}
         for token_id, logprob in zip(job.prompt_ids, logprobs, strict=True)
     ]
-
-
-def _answer_text(query: Query, answer: Sequence[Piece]) -> str:
-    text = "".join(piece.shown for piece in answer)
-    return query.prompt + text if query.return_full_text else text
-
-
-def _mean_logprob(answer: Sequence[Piece]) -> float:
-    return sum(piece.logprob for piece in answer) / len(answer)
 
 
 def _timings(query: Query, answers: Sequence[Sequence[Piece]], best: Sequence[Piece]) -> dict[str, str]:

@@ -13,7 +13,8 @@ def read_messages(fields: Fields) -> list[dict[str, object]]:
     """`messages`, each with a known role and its content as one string; other keys go to the template."""
     entries = fields.raw("messages")
     if not isinstance(entries, list) or not entries:
-        fields.refuse("messages", f"is {kind_of(entries)}; give an array of at least one message")
+        found = "empty" if entries == [] else kind_of(entries)
+        fields.refuse("messages", f"is {found}; give an array of at least one message")
     check_json(entries, fields.path("messages"))
     return [_read_message(entry, f"{fields.path('messages')}[{i}]") for i, entry in enumerate(entries)]
 

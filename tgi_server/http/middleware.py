@@ -7,7 +7,7 @@ import logging
 import re
 import time
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from tgi_server.errors import ErrorKind, UserError
@@ -102,7 +102,7 @@ async def echo_request_id(request: web.Request, response: web.StreamResponse) ->
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
-        _check_body(request)
+        _check_head(request)
         return await handler(request)
     except UserError as error:
         return _refuse(request, error)
@@ -124,11 +124,17 @@ def _refuse(request: web.Request, error: UserError) -> web.Response:
     return error_response(error, request.get(FLAVOUR) or flavour_of(request.path))
 
 
-def _check_body(request: web.Request) -> None:
-    """Refuse a body that is compressed or too long before reading it."""
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise UserError(ErrorKind.ENCODED, f"the body is encoded as {_printable(encoding)}; send it as it is")
+def _check_head(request: web.Request) -> None:
+    """Refuse a version that is not spoken here, and, before reading it, a body that is compressed or too long."""
+    if request.version not in (HttpVersion10, HttpVersion11):
+        major, minor = request.version
+        message = f"this is HTTP/{major}.{minor}; the server speaks HTTP/1.1 and 1.0"
+        raise UserError(ErrorKind.UNPARSABLE, message)
+    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        encoding = ", ".join(request.headers.getall(header, [])) or plain
+        if encoding.lower() != plain:
+            message = f"the body is encoded as {_printable(encoding)}; send it as it is"
+            raise UserError(ErrorKind.ENCODED, message)
     limit = request.app[CONFIG].payload_limit_bytes
     length = request.content_length
     if length is not None and length > limit:

@@ -61,7 +61,7 @@ def refuse_unsupported(fields: Fields) -> None:
     for name, neutral in _NEUTRAL.items():
         fields.neutral(name, *neutral)
     fields.refuse_all(
-        "audio", "moderation", "prediction", "web_search_options", "tool_prompt",
+        "adapter_id", "audio", "grammar", "moderation", "prediction", "web_search_options", "tool_prompt",
         "chat_template", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
         "structured_outputs", "prompt_logprobs", "allowed_token_ids", "truncate_prompt_tokens",
         "logits_processors",

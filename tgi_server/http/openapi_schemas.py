@@ -317,6 +317,10 @@ def _other_answers() -> dict[str, Json]:
             version=_TEXT,
             sha=text,
             docker_label=text,
-            engine={"type": "object"},
+            engine={
+                "type": "object",
+                "properties": {"matrices": {"type": "object", "additionalProperties": _TEXT}},
+                "required": ["matrices"],
+            },
         ),
     }

@@ -12,7 +12,8 @@ from tgi_server.http.answers import json_response
 from tgi_server.http.body import read_fields
 from tgi_server.http.choices import collect
 from tgi_server.http.completions import answer_completions
-from tgi_server.http.generation import Job, maker_of
+from tgi_server.http.generation import maker_of
+from tgi_server.http.prompt import check_answers
 from tgi_server.http.schema import Fields, check_object, ignored_header
 from tgi_server.http.state import CONFIG, FLAVOUR
 
@@ -42,9 +43,11 @@ async def post_vertex(request: web.Request) -> web.Response:
     instances = [
         Fields(check_object(entry, f"instances[{i}]"), f"instances[{i}]") for i, entry in enumerate(entries)
     ]
-    jobs = [await _job(request.app, instance) for instance in instances]
+    queries = [await _query(request.app, instance) for instance in instances]
+    answers = sum(query.job.parameters.choices for query in queries)
+    check_answers(request.app[CONFIG], answers, "instances")
     headers = ignored_header(fields, *instances, strict=request.app[CONFIG].strict_fields)
-    tasks = [asyncio.create_task(_predict(request, job)) for job in jobs]
+    tasks = [asyncio.create_task(_predict(request, query)) for query in queries]
     try:
         predictions = await asyncio.gather(*tasks)
     finally:
@@ -53,14 +56,22 @@ async def post_vertex(request: web.Request) -> web.Response:
     return json_response({"predictions": predictions}, headers=headers)
 
 
-async def _job(app: web.Application, instance: Fields) -> Job:
-    if instance.has("inputs"):
-        return (await generate.read_query(app, instance)).job
-    if not instance.has("messages"):
+async def _query(app: web.Application, instance: Fields) -> generate.Query | chat.Query:
+    """An instance, checked. A prediction is one text: what asks for more, or for it in pieces, is refused."""
+    if not instance.has("inputs") and not instance.has("messages"):
         instance.refuse("inputs", "is missing, and so is messages; give one of them")
-    return (await chat.read_query(app, instance)).job
+    if instance.flag("stream"):
+        instance.refuse("stream", "is true, but predictions come whole; leave it out")
+    if instance.has("inputs"):
+        return await generate.read_query(app, instance)
+    query = await chat.read_query(app, instance)
+    if query.job.parameters.choices > 1:
+        instance.refuse("n", f"is {query.job.parameters.choices}, but a prediction is one text; leave it out")
+    return query
 
 
-async def _predict(request: web.Request, job: Job) -> str:
-    answers = await collect(maker_of(request), [job])
+async def _predict(request: web.Request, query: generate.Query | chat.Query) -> str:
+    answers = await collect(maker_of(request), [query.job])
+    if isinstance(query, generate.Query):
+        return query.answer_text(query.best_of(answers))
     return "".join(piece.shown for piece in answers[0])

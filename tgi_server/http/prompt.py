@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
+
+from aiohttp import web
 
 from tgi_server.config import ServerConfig
 from tgi_server.errors import ErrorKind, UserError
 from tgi_server.http.schema import check_integer, invalid
+from tgi_server.http.state import CONFIG, TEXT, THREADS
 from tgi_server.text.text import Text
 
 log = logging.getLogger(__name__)
@@ -18,19 +20,20 @@ _INLINE_CHARS = 2000
 
 
 async def encode(
-    text: Text, config: ServerConfig, prompt: str, field: str, *, add_special_tokens: bool, cut: bool = False
+    app: web.Application, prompt: str, field: str, *, add_special_tokens: bool, cut: bool = False
 ) -> list[int]:
     """Token ids of `prompt`, at least one. Raises UserError (INVALID) naming `field`.
 
     cut: the caller will shorten the prompt, so it may be longer than the context.
     """
+    text = app[TEXT]
     if not cut:
-        check_length(text, config, prompt, field)
+        check_length(text, app[CONFIG], prompt, field)
     if len(prompt) <= _INLINE_CHARS:
         ids = text.tokenizer.encode_batch([prompt], add_special_tokens=add_special_tokens)[0]
     else:
-        batches = await asyncio.to_thread(
-            text.tokenizer.encode_batch, [prompt], add_special_tokens=add_special_tokens
+        batches = await app[THREADS].run(
+            len(prompt), text.tokenizer.encode_batch, [prompt], add_special_tokens=add_special_tokens
         )
         ids = batches[0]
     if len(ids) > 1 and ids[0] == ids[1] and ids[0] in text.tokenizer.special_ids and add_special_tokens:

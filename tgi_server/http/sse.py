@@ -101,31 +101,21 @@ class _Stream:
         return self._response
 
     async def watch(self) -> None:
-        """Send headers after a while, comments in silences, and cut off a reader that has stopped reading."""
+        """Send headers after a while, and comments in silences."""
         await asyncio.sleep(self._patience.headers_s)
         if not self.opened:
             await self._open()
         while True:
             quiet_s = time.monotonic() - self._wrote_at
-            if self._writing:
-                if quiet_s >= self._patience.stalled_s:
-                    self._cut_off()
-                    return
+            if self._writing:  # to a reader that is behind: no silence
+                quiet_s = 0.0
             elif quiet_s >= self._patience.keep_alive_s:
                 await self.send(_COMMENT)
                 quiet_s = 0.0
-            limit_s = self._patience.stalled_s if self._writing else self._patience.keep_alive_s
-            await asyncio.sleep(max(limit_s - quiet_s, 0.01))
+            await asyncio.sleep(max(self._patience.keep_alive_s - quiet_s, 0.01))
 
     async def _open(self) -> None:
         async with self._opening:
             if not self.opened:
                 await self._response.prepare(self._request)
                 self.opened = True
-
-    def _cut_off(self) -> None:
-        log.warning(
-            "request %s: the client stopped reading; its connection is closed", self._request[REQUEST_ID]
-        )
-        if self._request.transport is not None:
-            self._request.transport.abort()

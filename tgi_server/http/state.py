@@ -13,6 +13,7 @@ from tgi_server.engine.request import EngineStatus, GenerationRequest, TokenEven
 from tgi_server.errors import Flavour
 from tgi_server.http.metrics import Metrics, Turn
 from tgi_server.http.spans import Tracer
+from tgi_server.http.threads import Threads
 from tgi_server.text.renderer import Renderer
 from tgi_server.text.text import Text
 
@@ -44,9 +45,9 @@ class Patience:
 
     headers_s: float = 10.0  # headers wait this long for the first token, so that an error gets its status
     keep_alive_s: float = 15.0  # then a comment is sent, so that proxies keep the connection
-    stalled_s: float = 30.0  # a reader that takes nothing for this long is cut off
+    stalled_s: float = 30.0  # a reader that takes next to nothing for this long is cut off
     head_s: float = 10.0  # from the first byte of a request to its last header
-    body_s: float = 10.0  # a body may take this long, and a second more for every 1000 bytes
+    body_s: float = 10.0  # how far a body may fall behind 1000 bytes a second
 
 
 @dataclass
@@ -66,6 +67,7 @@ TEXT: Final = web.AppKey("text", Text)
 PATIENCE: Final = web.AppKey("patience", Patience)
 METRICS: Final = web.AppKey("metrics", Metrics)
 RENDERER: Final = web.AppKey("renderer", Renderer)
+THREADS: Final = web.AppKey("threads", Threads)
 TRACER: Final = web.AppKey("tracer", Tracer)  # only if traces are asked for
 LIFE: Final = web.AppKey("life", Life)
 VERSION: Final = web.AppKey("version", str)

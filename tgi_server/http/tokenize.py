@@ -14,7 +14,7 @@ from tgi_server.http.chat_prompt import render_chat, tokenize_chat
 from tgi_server.http.openai import check_model
 from tgi_server.http.prompt import check_ids, check_length
 from tgi_server.http.schema import ignored_header
-from tgi_server.http.state import CONFIG, TEXT
+from tgi_server.http.state import CONFIG, TEXT, THREADS
 
 _MAX_IDS = 100_000
 
@@ -30,8 +30,8 @@ async def post_tokenize(request: web.Request) -> web.Response:
         fields.refuse("inputs", "is missing; give the text to tokenize")
     check_length(text, config, prompt, "inputs")
     headers = ignored_header(fields, strict=config.strict_fields)
-    ids, offsets = await asyncio.to_thread(
-        text.tokenizer.encode_with_offsets, prompt, add_special_tokens=special
+    ids, offsets = await request.app[THREADS].run(
+        len(prompt), text.tokenizer.encode_with_offsets, prompt, add_special_tokens=special
     )
     return json_response(_describe(prompt, ids, offsets), headers=headers)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any
 
 from aiohttp import HttpVersion11, web
-from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, InvalidURLError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from tgi_server.http.answers import encode_json, json_response
-from tgi_server.http.state import PATIENCE
+from tgi_server.http.state import PATIENCE, REQUEST_ID, Patience
 
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -24,6 +27,7 @@ _MAX_FIELD_BYTES = 16384  # not the same as a line's, so that an error tells whi
 _MAX_HEADERS = 100
 _IDLE_S = 75.0  # for the next request to begin; load balancers keep theirs for 60 s
 _MAX_HALF_BYTES = 65_536  # of headers that are not complete yet: many such clients must not fill the memory
+_SLOWEST_READER = 1000  # bytes/s; who takes less while an answer waits is cut off
 _LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client can read the answer
 
 _COMMENT = b":\n\n"
@@ -50,7 +54,7 @@ class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            self.app[PATIENCE].head_s,
+            self.app[PATIENCE],
             made.request_handler,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
@@ -59,9 +63,9 @@ class _Runner(web.AppRunner):
 
 
 class _Server(web.Server):
-    def __init__(self, head_s: float, handler: _Handler, **settings: Any) -> None:
+    def __init__(self, patience: Patience, handler: _Handler, **settings: Any) -> None:
         super().__init__(handler, **settings)
-        self.head_s = head_s
+        self.patience = patience
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -77,6 +81,7 @@ class _Connection(RequestHandler):
     _probing: asyncio.Task[None] | None = None
     _half_bytes = 0  # of a request whose headers are not complete
     _half_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None  # runs while the client is behind in reading
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -86,15 +91,50 @@ class _Connection(RequestHandler):
             return
         self._half_bytes += len(data)
         if self._half_timer is None and isinstance(self._manager, _Server):
-            head_s = self._manager.head_s
+            head_s = self._manager.patience.head_s
             why = f"the request's headers were not complete after {head_s:g} s"
             self._half_timer = self._loop.call_later(head_s, self._give_up, 408, "Request Timeout", why)
         if self._half_bytes > _MAX_HALF_BYTES:
             why = f"the request's headers have more than {_MAX_HALF_BYTES} bytes, the most allowed"
             self._give_up(431, "Request Header Fields Too Large", why)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_reader()
+
+    def _watch_reader(self) -> None:
+        if self.transport is not None and isinstance(self._manager, _Server):
+            stalled_s = self._manager.patience.stalled_s
+            waiting = _unread_bytes(self.transport)
+            self._reader_timer = self._loop.call_later(stalled_s, self._check_reader, waiting, stalled_s)
+
+    def _check_reader(self, waiting: int, stalled_s: float) -> None:
+        """Cut off a reader that leaves `waiting` bytes where they are: many such would fill the memory."""
+        if self.transport is None:
+            return
+        taken = waiting - _unread_bytes(self.transport)
+        if taken >= _SLOWEST_READER * stalled_s:
+            self._watch_reader()
+            return
+        asked = self._current_request
+        log.warning(
+            "request %s: the client stopped reading, it took %d bytes in %g s; its connection is closed",
+            "(answered)" if asked is None else asked.get(REQUEST_ID), taken, stalled_s,
+        )  # fmt: skip
+        self.transport.abort()
+
+    def _forget_reader(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._forget_half()
+        self._forget_reader()
         super().connection_lost(exc)
 
     def _forget_half(self) -> None:
@@ -160,6 +200,13 @@ class _Connection(RequestHandler):
         return response
 
 
+def _unread_bytes(transport: asyncio.Transport) -> int:
+    """What was written and the client's machine has not taken, here and in the kernel, whose buffer is megabytes."""
+    sock = transport.get_extra_info("socket")
+    queued = b"" if sock is None else ioctl(sock.fileno(), TIOCOUTQ, bytes(4))
+    return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+
 def _verdict(error: BadHttpMessage) -> tuple[int, str]:
     if isinstance(error, LineTooLong):
         if _MAX_LINE_BYTES in error.args:
@@ -167,4 +214,11 @@ def _verdict(error: BadHttpMessage) -> tuple[int, str]:
         return 431, f"a header has more than {_MAX_FIELD_BYTES} bytes, the most allowed"
     if error.message.startswith("Too many headers"):
         return 431, f"there are more than {_MAX_HEADERS} headers, the most allowed"
-    return 400, "this is not a valid HTTP request"
+    return 400, f"this is not a valid HTTP request: {_fault(error)}"
+
+
+def _fault(error: BadHttpMessage) -> str:
+    """The parser's words, without the bytes of the client's that it quotes below them."""
+    if isinstance(error, InvalidURLError):  # nothing but the address
+        return "Invalid address"
+    return error.message.partition(":\n\n")[0].splitlines()[-1].strip()[:100]

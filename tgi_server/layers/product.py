@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,32 +11,30 @@ from torch import Tensor
 from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant_cuda import has_fused_product
+from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
+from tgi_server.layers.ending import Ending
+from tgi_server.layers.segmented import Segmented
 from tgi_server.layers.weights import Weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Product(Protocol):
-    """x · Wᵀ for the matrices it was made of, stacked."""
+    """x · Wᵀ for the matrices it was made of, stacked. `kind`: their format and the way they are multiplied."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """y = x · Wᵀ + bias; then residual + y, or act(first half of y) · second half; in x's type: `out`, if given.
+    kind: str
 
-        x: [tokens, in_features]; bias: [out_features]; residual: [tokens, out_features], may be out.
-        """
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        """y = x · Wᵀ + bias, and what `Ending` says. x: [tokens, in_features]; bias: [out_features]."""
 
 
 class Dense:
-    """Matrices in 16 or 32 bits."""
+    """Matrices in 16 or 32 bits. `of`: the format they were widened from."""
 
-    def __init__(self, weights: Weights, matrices: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Weights, matrices: Sequence[Tensor], of: str = "") -> None:
         if weights.device.type != "cpu":
             matrix = weights.on_device(*matrices)
         else:
@@ -44,36 +42,24 @@ class Dense:
             if matrix.dtype != torch.bfloat16:
                 # CPU kernels widen bf16 as they read it, exactly; fp16 they do not know.
                 matrix = matrix.float()
+        name = str(matrix.dtype).removeprefix("torch.")
+        self.kind = f"{of} · widened at load to {name}" if of else f"{name} · dense"
         self.packed = pack_linear(matrix)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return linear(x, self.packed, bias, **ending)
 
 
 class Quantised:
     """A matrix of a few bits that kernels take."""
 
     def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
+        is_fused = weights.device.type == "cpu" or has_fused_product(weights.device)
+        self.kind = f"{_format(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
         self.packed = pack_quant(matrix, weights.dtype)
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return quant_linear(x, self.packed, bias, residual=residual, gate=gate, out=out)
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return quant_linear(x, self.packed, bias, **ending)
 
 
 class SideBySide:
@@ -82,21 +68,12 @@ class SideBySide:
     def __init__(self, products: Sequence[Product], outs: Sequence[int]) -> None:
         self.products = products
         self.outs = list(outs)
+        self.kind = " + ".join(dict.fromkeys(product.kind for product in products))
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        residual: Tensor | None = None,
-        gate: Gate | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         biases = [None] * len(self.outs) if bias is None else bias.split_with_sizes(self.outs)
         parts = [product(x, part) for product, part in zip(self.products, biases, strict=True)]
-        if residual is None and gate is None:
-            return torch.cat(parts, 1, out=out)
-        return _finished(torch.cat(parts, 1), residual, gate, out)
+        return _finished(parts, **ending)
 
 
 def load_product(weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> Product:
@@ -114,18 +91,27 @@ def load_product(weights: Weights, names: Sequence[str], in_features: int, outs:
     return products[0] if len(products) == 1 else SideBySide(products, widths)
 
 
-def _finished(y: Tensor, residual: Tensor | None, gate: Gate | None, out: Tensor | None) -> Tensor:
-    """The steps after a product that has no kernel with them."""
+def _finished(
+    parts: list[Tensor],
+    residual: Tensor | None = None,
+    gate: Gate | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The steps after products that have no kernel with them."""
     if gate is not None:
-        return GATED[gate](y, out)
-    return y if residual is None else torch.add(residual, y, out=out)
+        return GATED[gate](torch.cat(parts, 1), out)
+    if residual is None:
+        return torch.cat(parts, 1, out=out)
+    return torch.add(residual, torch.cat(parts, 1), out=out)
 
 
-def _product(weights: Weights, run: Sequence[Tensor | QuantWeight]) -> Product:
+def _product(weights: Weights, run: Sequence[Tensor | QuantWeight | Segments]) -> Product:
     """Of matrices that fit together."""
     dense = [matrix for matrix in run if isinstance(matrix, Tensor)]
     if dense:
         return Dense(weights, dense)
+    if segments := [matrix for matrix in run if isinstance(matrix, Segments)]:
+        return _segmented_product(weights, segments)
     return quantised_product(weights, [part for part in run if isinstance(part, QuantWeight)])
 
 
@@ -134,15 +120,32 @@ def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product
     whole = (stack(parts) if len(parts) > 1 else parts[0]).to(weights.device)
     if fits_kernels(whole):
         return Quantised(weights, whole)
-    return Dense(weights, [dequantise(whole, weights.dtype)])
+    return Dense(weights, [dequantise(whole, weights.dtype)], _format(weights, whole))
 
 
-def _rows(matrix: Tensor | QuantWeight) -> int:
+def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:
+    if weights.scheme is not None:
+        return weights.scheme.title
+    return f"{matrix.bits} bit {matrix.values}" if isinstance(matrix, QuantWeight) else "segments"
+
+
+def _segmented_product(weights: Weights, matrices: Sequence[Segments]) -> Product:
+    whole = (stack_segments(matrices) if len(matrices) > 1 else matrices[0]).to(weights.device)
+    if Segmented.takes(whole):
+        return Segmented(weights, whole)
+    return Dense(weights, [dequantise_segments(whole, weights.dtype)], _format(weights, whole))
+
+
+def _rows(matrix: Tensor | QuantWeight | Segments) -> int:
+    if isinstance(matrix, Segments):
+        return _rows(matrix.parts[0])
     return len(matrix if isinstance(matrix, Tensor) else matrix.codes)
 
 
-def _fit(a: Tensor | QuantWeight, b: Tensor | QuantWeight) -> bool:
+def _fit(a: Tensor | QuantWeight | Segments, b: Tensor | QuantWeight | Segments) -> bool:
     """Whether both can be rows of one matrix."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor)
-    return fits_together(a, b)
+    if isinstance(a, Segments) and isinstance(b, Segments):
+        return segments_fit(a, b)
+    if isinstance(a, QuantWeight) and isinstance(b, QuantWeight):
+        return fits_together(a, b)
+    return isinstance(a, Tensor) and isinstance(b, Tensor)

@@ -69,6 +69,17 @@ def _llama3(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
     return (1 - blend) * frequencies / factor + blend * frequencies, 1.0
 
 
+def _factors(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    """Each frequency divided by a factor of its own, as GGUF files have Llama 3.1's scaling."""
+    factors = config.rope_scaling.get("factors")
+    numbers = [f for f in factors if isinstance(f, float) and f > 0] if isinstance(factors, list) else []
+    if not isinstance(factors, list) or len(numbers) != len(factors) or len(numbers) != len(frequencies):
+        raise StartupError(
+            f"config.json: rope factors are {str(factors)[:80]}; {len(frequencies)} positive numbers are needed"
+        )
+    return frequencies / torch.tensor(numbers), 1.0
+
+
 def _yarn(frequencies: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
     """A blend as in llama3, linear in the dimension; longer q and k. Peng et al. 2023, arXiv:2309.00071."""
     scaling = config.rope_scaling
@@ -113,4 +124,5 @@ SCALINGS: Final[dict[str, Callable[[Tensor, ModelConfig], tuple[Tensor, float]]]
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "factors": _factors,
 }

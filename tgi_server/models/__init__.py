@@ -14,6 +14,7 @@ from tgi_server.layers.weights import Source, Weights
 from tgi_server.models import llama, mistral, qwen2, qwen3
 from tgi_server.models.decoder import Decoder
 from tgi_server.quantization.detect import find_scheme
+from tgi_server.quantization.on_load import chosen_scheme
 
 ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
     "llama": llama.load,
@@ -23,11 +24,14 @@ ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
 }
 
 
-def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+def load_model(
+    checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: str = ""
+) -> Decoder:
     """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
 
-    `dtype` is the type of activations. Raises StartupError if the architecture is not
-    supported, or if checkpoint and config do not fit.
+    `dtype` is the type of activations. `quantize` is the format that was asked for, if any: the checkpoint's own, or
+    one its dense matrices get. Raises StartupError if the architecture is not supported, or if checkpoint, config and
+    format do not fit.
     """
     load = ARCHITECTURES.get(config.model_type)
     if load is None:
@@ -38,8 +42,12 @@ def load_model(checkpoint: Source, config: ModelConfig, device: torch.device, dt
         )
     with torch.inference_mode():
         scheme = find_scheme(config.raw, checkpoint)
+        if quantize:
+            scheme = chosen_scheme(quantize, scheme, checkpoint.folder)
         transfer = Transfer(device) if device.type == "cuda" else None
         model = load(Weights(checkpoint, device, dtype, transfer, scheme=scheme), config).eval()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is still on its way comes from memory that goes
+        # Copies that loading made and dropped; the allocator would keep them from the KV cache, which is one piece.
+        torch.cuda.empty_cache()
     return model

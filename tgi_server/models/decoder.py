@@ -50,7 +50,9 @@ class Decoder(nn.Module):
             blocks.append(Block(at, config, make_attention(at.at("self_attn"), i)))
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(model.at("norm"), hidden, config.norm_eps)
-        head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        # Tools that quantise the head write it apart from the embedding that it was tied to.
+        is_tied = config.tie_embeddings and not weights.is_quantised("lm_head")
+        head = "model.embed_tokens" if is_tied else "lm_head"
         self.head = Linear(weights, [head], hidden, [vocab])
         self.num_heads = config.num_heads
         self.vocab_size = vocab

@@ -20,6 +20,7 @@ from tgi_server.quantization.scheme import (
     choice,
     group_count,
     group_size_of,
+    pack_stream,
     read_as,
     read_scales,
     replaces_weight,
@@ -27,6 +28,7 @@ from tgi_server.quantization.scheme import (
 )
 
 _PLACE_OF_OUTPUT: Final = (0, 4, 1, 5, 2, 6, 3, 7)
+_OUTPUT_OF_PLACE: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,25 @@ class Awq:
         return cls(
             group_size_of(section, "q_group_size" if "q_group_size" in section else "group_size", where)
         )
+
+    def section(self) -> dict[str, object]:
+        """The `quantization_config` that says this."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+        }
+
+    def pack(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+        """A matrix as it is stored, by leaf. codes: [out, in] uint8; scales, zeros: [out, groups]."""
+        return {
+            "qweight": _pack(codes.T),
+            "qzeros": _pack(zeros.to(torch.uint8).T),
+            "scales": scales.T.contiguous(),
+        }
 
     @property
     def title(self) -> str:
@@ -64,6 +85,11 @@ class Awq:
         zeros = read_as(tensors, f"{name}.qzeros", (groups, out_features // 8), torch.int32)
         scales = read_scales(tensors, f"{name}.scales", (groups, out_features)).T
         return QuantWeight(_unpack(words).T, scales, _unpack(zeros).short().T, size, 4)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """The reverse of `_unpack`: [rows, out] uint8 to [rows, out / 8] int32."""
+    return pack_stream(codes.unflatten(1, (-1, 8))[:, :, list(_OUTPUT_OF_PLACE)].flatten(1), 4)
 
 
 def _unpack(words: Tensor) -> Tensor:

@@ -1,33 +1,48 @@
-"""compressed-tensors checkpoints, "pack-quantized": whole numbers of 2 to 8 bits, activations in 16 bits.
+"""compressed-tensors checkpoints: whole numbers of 2 to 8 bits and floats of 8 and 4, each matrix as `targets` say.
 
-For a matrix: weight_packed int32 [out, ⌈in · bits / 32⌉], codes plus 2^(bits − 1) one after another along each
-row; weight_scale [out, groups]; weight_zero_point int32 [⌈out · bits / 32⌉, groups], packed the same way down
-its columns, unless symmetric; weight_shape; weight_g_idx int32 [in] if columns are not group after group.
+Where a config rounds activations to 8 bits as well ("W8A8") they are left as they are, which is nearer to the model
+that was quantised.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import Final, NamedTuple, cast
 
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
-from tgi_server.quantization.scheme import (
-    Section,
-    Tensors,
-    choice,
-    group_count,
-    group_size_of,
-    read_as,
-    read_scales,
-    replaces_weight,
-    unpack_stream,
+from tgi_server.quantization.eight_bit import (
+    Tile,
+    block_of,
+    check_input_scale,
+    read_e4m3,
+    read_integers,
 )
+from tgi_server.quantization.mxfp4 import GROUP, read_e2m1
+from tgi_server.quantization.packed_integers import read_packed
+from tgi_server.quantization.scheme import Section, Tensors, choice, group_size_of, replaces_weight
+from tgi_server.quantization.targets import closeness, targets_of
+
+
+class _Layout(NamedTuple):
+    """What a format can hold: types, strategies and, by type, bits."""
+
+    strategies: tuple[str, ...]
+    bits: Mapping[str, tuple[int, ...]]
+
+
+_BYTES: Final = ("tensor", "channel", "group", "block")
+_INTEGERS: Final = (2, 3, 4, 5, 6, 7, 8)
+LAYOUTS: Final = {
+    "pack-quantized": _Layout(("group", "channel"), {"int": _INTEGERS}),
+    "int-quantized": _Layout(_BYTES, {"int": _INTEGERS}),
+    "float-quantized": _Layout(_BYTES, {"float": (8,)}),
+    "naive-quantized": _Layout(_BYTES, {"int": _INTEGERS, "float": (8,)}),
+    "mxfp4-pack-quantized": _Layout(("group",), {"float": (4,)}),
+    "mxfp8-quantized": _Layout(("group",), {"float": (8,)}),
+}
+_MIXED: Final = "mixed-precision"  # each of config_groups has a format of its own
 
 
 @dataclass(frozen=True)
@@ -35,16 +50,19 @@ class WeightSettings:
     """How the matrices that match `targets` are stored."""
 
     targets: tuple[str, ...]
+    layout: str  # one of LAYOUTS
+    kind: str  # "int" or "float"
     bits: int
-    group_size: int
+    group_size: int  # columns that share a scale, -1 for all
+    tile_rows: int  # rows that do, -1 for all
     is_symmetric: bool
+    activations: str  # "", or what the format rounds them to: "dynamic", "static"
 
-    def applies_to(self, name: str) -> bool:
-        """Targets are the class of all matrices, whole names, or patterns after "re:"."""
-        return any(
-            target in ("Linear", name)
-            or (target.startswith("re:") and re.match(target[3:], name) is not None)
-            for target in self.targets
+    def tile(self, out_features: int, in_features: int) -> Tile:
+        """Rows and columns that share a scale."""
+        return (
+            out_features if self.tile_rows == -1 else self.tile_rows,
+            in_features if self.group_size == -1 else self.group_size,
         )
 
 
@@ -53,87 +71,113 @@ class CompressedTensors:
     """The settings of a compressed-tensors checkpoint."""
 
     groups: tuple[WeightSettings, ...]
+    ignored: tuple[str, ...]
 
     @classmethod
     def from_section(cls, section: Section, where: str) -> CompressedTensors:
-        choice(section, "format", ("pack-quantized",), "pack-quantized", where)
+        layout = choice(section, "format", (*LAYOUTS, _MIXED), "pack-quantized", where)
         groups = section.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise StartupError(f"{where}: config_groups is {groups!r}; an object of settings is needed")
-        return cls(tuple(_settings(group, f"{where}: {name}") for name, group in groups.items()))
+        sparsity = section.get("sparsity_config")
+        if isinstance(sparsity, Mapping):
+            choice(sparsity, "format", ("dense",), "dense", f"{where}: sparsity_config")
+        if section.get("transform_config"):
+            raise StartupError(f"{where}: transform_config rotates activations, which is not served")
+        return cls(
+            tuple(_settings(group, layout, f"{where}: {name}") for name, group in groups.items()),
+            targets_of(section.get("ignore") or [], f"{where}: ignore"),
+        )
 
     @property
     def title(self) -> str:
-        widths = sorted({group.bits for group in self.groups})
-        return f"compressed-tensors {', '.join(map(str, widths))} bit"
+        integers = sorted({group.bits for group in self.groups if group.kind == "int"})
+        floats = sorted({group.bits for group in self.groups if group.kind == "float"})
+        kinds = [f"{', '.join(map(str, integers))} bit"] if integers else []
+        kinds += [f"fp{bits}" for bits in floats]
+        rounded = any(group.activations for group in self.groups)
+        return f"compressed-tensors {', '.join(kinds)}{', activations not rounded' if rounded else ''}"
 
     @property
     def leaf(self) -> str:
-        return "weight_packed"
+        return "weight_scale"
 
     def covers(self, tensors: Tensors, name: str) -> bool:
-        return replaces_weight(self.leaf, tensors, name)
+        if replaces_weight("weight_packed", tensors, name):
+            return True
+        return f"{name}.weight_scale" in tensors.names()
 
     def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
-        where = f"{tensors.folder}: {name}"
-        settings = next((group for group in self.groups if group.applies_to(name)), None)
-        if settings is None:
-            raise StartupError(
-                f"{where}.weight_packed is there, but no config_groups of its config has it as a target"
-            )
-        bits = settings.bits
-        groups, size = group_count(where, in_features, settings.group_size)
-        if f"{name}.weight_shape" in tensors.names():
-            stated = read_as(tensors, f"{name}.weight_shape", (2,), torch.int64, torch.int32).tolist()
-            if stated != [out_features, in_features]:
-                raise StartupError(
-                    f"{where}.weight_shape is {stated}; config.json asks for {[out_features, in_features]}"
-                )
-        shape = (out_features, -(-in_features * bits // 32))
-        codes = unpack_stream(
-            read_as(tensors, f"{name}.weight_packed", shape, torch.int32), bits, in_features
-        )
-        scales = read_scales(tensors, f"{name}.weight_scale", (out_features, groups))
-        zeros = torch.full((out_features, groups), 1 << (bits - 1), dtype=torch.int16)
-        if not settings.is_symmetric:
-            shape = (-(-out_features * bits // 32), groups)
-            packed = read_as(tensors, f"{name}.weight_zero_point", shape, torch.int32)
-            zeros = unpack_stream(packed.T, bits, out_features).short().T
-        order = _order(tensors, name, groups, size)
-        if order is not None:
-            codes = codes.index_select(1, order)
-        return QuantWeight(codes, scales, zeros, size, bits, order)
+        where, shape = f"{tensors.folder}: {name}", (out_features, in_features)
+        settings = max(self.groups, key=lambda group: closeness(name, group.targets))
+        if not closeness(name, settings.targets) or closeness(name, self.ignored):
+            how = "has it under `ignore`" if closeness(name, self.ignored) else "has no target for it"
+            raise StartupError(f"{where} has a weight_scale, but config_groups of its config {how}")
+        if settings.activations:
+            check_input_scale(tensors, name, needed=settings.activations == "static")
+        tile, symmetric = settings.tile(*shape), settings.is_symmetric
+        if settings.layout == "pack-quantized":
+            return read_packed(tensors, name, settings.bits, settings.group_size, *shape, symmetric=symmetric)
+        if settings.layout == "mxfp4-pack-quantized":
+            return read_e2m1(tensors, name, *shape)
+        if settings.kind == "float":
+            return read_e4m3(tensors, name, tile, f"{name}.weight_scale", *shape)
+        zero_point = None if symmetric else f"{name}.weight_zero_point"
+        return read_integers(tensors, name, tile, settings.bits, *shape, zero_point)
 
 
-def _settings(group: object, where: str) -> WeightSettings:
+def _settings(group: object, default_layout: object, where: str) -> WeightSettings:
     group = group if isinstance(group, Mapping) else {}
     weights, targets = group.get("weights"), group.get("targets")
     if not isinstance(weights, Mapping) or not isinstance(targets, list):
         raise StartupError(f"{where} lacks weights or targets; it holds {sorted(group)}")
-    if group.get("input_activations"):
-        raise StartupError(f"{where}: quantised activations (input_activations) are not served")
-    choice(weights, "type", ("int",), "int", where)
-    strategy = choice(weights, "strategy", ("group", "channel"), "group", where)
+    name = str(choice({"format": group.get("format") or default_layout}, "format", tuple(LAYOUTS), "", where))
+    layout = LAYOUTS[name]
+    kind = str(choice(weights, "type", tuple(layout.bits), "int", f"{where}: {name}"))
+    bits = cast(int, choice(weights, "num_bits", layout.bits[kind], 8, f"{where}: {name}"))
     size = group_size_of({"group_size": weights.get("group_size") or -1}, "group_size", where)
+    named = {"strategy": weights.get("strategy") or _strategy_of(weights.get("group_size"))}
+    strategy = choice(named, "strategy", layout.strategies, "", f"{where}: {name}")
+    rows, columns = (-1 if strategy == "tensor" else 1), (size if strategy == "group" else -1)
+    if strategy == "block":
+        block = block_of(weights, "block_structure", where)
+        if block is None:
+            raise StartupError(f"{where}: strategy is 'block', but there is no block_structure")
+        rows, columns = block
+    if name != "pack-quantized":
+        choice(weights, "actorder", (None, "weight", "static"), None, f"{where}: {name}")
+    if name.startswith("mx"):
+        choice(weights, "group_size", (GROUP,), GROUP, f"{where}: {name}")
     return WeightSettings(
-        targets=tuple(map(str, targets)),
-        bits=cast(int, choice(weights, "num_bits", (2, 3, 4, 5, 6, 7, 8), 4, where)),
-        group_size=size if strategy == "group" else -1,
+        targets=targets_of(targets, f"{where}: targets"),
+        layout=name,
+        kind=kind,
+        bits=bits,
+        group_size=columns,
+        tile_rows=rows,
         is_symmetric=choice(weights, "symmetric", (True, False), True, where) is True,
+        activations=_activations(group, bits, where),
     )
 
 
-def _order(tensors: Tensors, name: str, groups: int, size: int) -> Tensor | None:
-    """The columns group by group; None if they lie so, or if nothing says otherwise (a g_idx of all -1)."""
-    leaf = f"{name}.weight_g_idx"
-    if leaf not in tensors.names():
-        return None
-    group_of = read_as(tensors, leaf, (groups * size,), torch.int32, torch.int64).long()
-    if bool((group_of == -1).all()):
-        return None
-    if not torch.equal(group_of.sort().values, torch.arange(groups * size) // size):
+def _strategy_of(group_size: object) -> str:
+    """What a config means that names none."""
+    if group_size is None:
+        return "tensor"
+    return "channel" if group_size == -1 else "group"
+
+
+def _activations(group: Mapping[str, object], bits: int, where: str) -> str:
+    """ "", or how the format finds the scales of activations: "dynamic" or "static"."""
+    if group.get("output_activations"):
+        raise StartupError(f"{where}: output_activations are not served")
+    inputs = group.get("input_activations")
+    if not inputs:
+        return ""
+    if not isinstance(inputs, Mapping) or inputs.get("num_bits", 8) != 8 or bits != 8:
+        given = inputs.get("num_bits", 8) if isinstance(inputs, Mapping) else inputs
         raise StartupError(
-            f"{tensors.folder}: {leaf} does not put {size} columns into each of {groups} groups"
+            f"{where}: weights of {bits} bits beside input_activations of {given!r} (W{bits}A{given}) are not served; "
+            "8 beside 8 are, and weights alone"
         )
-    order = group_of.argsort(stable=True)
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    return "dynamic" if inputs.get("dynamic", False) is not False else "static"

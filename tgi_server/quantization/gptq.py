@@ -45,10 +45,6 @@ class Gptq:
             section, "checkpoint_format", ("gptq", "gptq_v2"), section.get("format") or "gptq", where
         )
         choice(section, "pack_dtype", ("int32",), "int32", where)
-        if section.get("dynamic"):
-            raise StartupError(
-                f"{where}: `dynamic` gives layers settings of their own, which is not served for gptq"
-            )
         return cls(
             bits=cast(int, choice(section, "bits", (2, 3, 4, 8), 4, where)),
             group_size=group_size_of(section, "group_size", where),

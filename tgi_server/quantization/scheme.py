@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tgi_kernels.quant_segments import Segments
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
 
@@ -23,6 +24,9 @@ class Tensors(Protocol):
     def names(self) -> frozenset[str]:
         """All there are."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, read from the header alone. Raises StartupError if it is missing."""
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored. Raises StartupError if it is missing or its shape is another."""
 
@@ -36,12 +40,14 @@ class Scheme(Protocol):
 
     @property
     def leaf(self) -> str:
-        """A tensor that each quantised matrix has and no dense one."""
+        """How the name of a tensor begins that each quantised matrix has and no dense one."""
 
     def covers(self, tensors: Tensors, name: str) -> bool:
         """Whether matrix `name` (without ".weight") is quantised. Raises StartupError if tensors contradict it."""
 
-    def read(self, tensors: Tensors, name: str, out_features: int, in_features: int) -> QuantWeight:
+    def read(
+        self, tensors: Tensors, name: str, out_features: int, in_features: int
+    ) -> QuantWeight | Segments:
         """Matrix `name` as codes. Raises StartupError naming the tensor that contradicts another or the config."""
 
 

@@ -15,6 +15,7 @@ from tgi_server.quantize.forward import Forward
 # Perplexity beside the base's, and mean divergence in nats: from here on answers differ for everybody to see.
 GOOD: Final = (1.02, 0.02)
 FAIR: Final = (1.10, 0.10)
+_WORST: Final = 3  # layers that the table names
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Quality:
     mean_divergence: float | None = None
     worst_divergence: float | None = None
     agreement: float | None = None  # share of tokens on whose likeliest successor both agree
+    # By layer: how far what it adds is from what the base's adds, as a share of that. Errors before it are in it.
+    layer_errors: tuple[float, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -53,31 +56,64 @@ class Quality:
             rows.append(("mean divergence", f"{self.mean_divergence:.4f} nats"))
             rows.append(("worst divergence", f"{self.worst_divergence:.3f} nats"))
             rows.append(("same likeliest token", f"{self.agreement:.1%}"))
+            worst = sorted(range(len(self.layer_errors)), key=lambda layer: -self.layer_errors[layer])
+            rows.extend(
+                (f"error of layer {layer}", f"{self.layer_errors[layer]:.1%}") for layer in worst[:_WORST]
+            )
         return [f"{name:<24}{value:>14}" for name, value in rows] + [f"verdict: {self.verdict}"]
 
 
 def evaluate(model: Forward, texts: Sequence[Tensor], base: Forward | None = None) -> Quality:
     """texts: pieces of token ids, [tokens] each."""
     tokens = sum(len(ids) - 1 for ids in texts)
+    if base is None:
+        loss = sum(_loss(model.log_probabilities(ids), ids) for ids in texts)
+        return Quality(tokens, _exponential(loss / tokens))
     loss = base_loss = divergence = worst = 0.0
     agreeing = 0
+    layers = _LayerErrors()
     for ids in texts:
-        own = model.log_probabilities(ids)
-        loss -= float(own.gather(1, ids[1:, None]).double().sum())
-        if base is None:
-            continue
-        theirs = base.log_probabilities(ids)
-        base_loss -= float(theirs.gather(1, ids[1:, None]).double().sum())
+        (own, added), (theirs, base_added) = model.traced(ids), base.traced(ids)
+        loss, base_loss = loss + _loss(own, ids), base_loss + _loss(theirs, ids)
         apart = (theirs.exp() * (theirs - own)).sum(1)
         divergence += float(apart.double().sum())
         worst = max(worst, float(apart.max()))
         agreeing += int((own.argmax(1) == theirs.argmax(1)).sum())
-    perplexity = _exponential(loss / tokens)
-    if base is None:
-        return Quality(tokens, perplexity)
+        layers.add(added, base_added)
     return Quality(
-        tokens, perplexity, _exponential(base_loss / tokens), divergence / tokens, worst, agreeing / tokens
+        tokens,
+        _exponential(loss / tokens),
+        _exponential(base_loss / tokens),
+        divergence / tokens,
+        worst,
+        agreeing / tokens,
+        layers.shares(),
     )
+
+
+class _LayerErrors:
+    """Squares of what layers add, summed, and of its distance from what the base's layers add."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[float, float]] = []
+
+    def add(self, own: Sequence[Tensor], base: Sequence[Tensor]) -> None:
+        """One piece of text. Nothing is compared where the models have different shapes."""
+        if [part.shape for part in own] != [part.shape for part in base]:
+            return
+        self._sums = self._sums or [(0.0, 0.0)] * len(own)
+        self._sums = [
+            (apart + float((mine - theirs).square().sum()), size + float(theirs.square().sum()))
+            for (apart, size), mine, theirs in zip(self._sums, own, base, strict=True)
+        ]
+
+    def shares(self) -> tuple[float, ...]:
+        return tuple(math.sqrt(apart / size) if size else 0.0 for apart, size in self._sums)
+
+
+def _loss(log_probabilities: Tensor, ids: Tensor) -> float:
+    """Of all tokens but the first, in nats."""
+    return -float(log_probabilities.gather(1, ids[1:, None]).double().sum())
 
 
 def _exponential(mean: float) -> float:

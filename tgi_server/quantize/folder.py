@@ -49,6 +49,7 @@ class Unfinished:
         """Whole or not at all."""
         beside = self._work / "writing"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"format": "pt"})
+        beside.chmod(0o644)  # safetensors lets nobody else read what it writes
         beside.rename(self._path(part))
 
     def finish(self, parts: list[str], section: Mapping[str, object]) -> None:

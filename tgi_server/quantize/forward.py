@@ -24,16 +24,40 @@ class Forward:
     @torch.inference_mode()
     def hidden(self, ids: Tensor) -> Tensor:
         """ids: [tokens] int64. Returns [tokens, hidden] after the final norm."""
-        count = len(ids)
-        attend = AnySequences(
-            self._table, torch.tensor([0, count], dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
-        )
-        positions = torch.arange(count)
-        batch = Batch(ids, positions.int().unsqueeze(0), positions, attend, positions)
-        found: Tensor = self.model(batch, self._kv)
+        found: Tensor = self.model(self._batch(ids), self._kv)
         return found
+
+    @torch.inference_mode()
+    def traced(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`log_probabilities`, and what each block adds to the residual, [tokens, hidden] each."""
+        residual = self.embedded(ids)
+        added = []
+        for index in range(len(self.model.blocks)):
+            before = residual.clone()
+            self.run_block(index, residual)
+            added.append(residual - before)
+        return self.model.logits(self.model.norm(residual)[:-1]).log_softmax(-1), added
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Tensor) -> Tensor:
         """[tokens - 1, vocab] fp32: of each token after the first, given those before it."""
         return self.model.logits(self.hidden(ids)[:-1]).log_softmax(-1)
+
+    @torch.inference_mode()
+    def embedded(self, ids: Tensor) -> Tensor:
+        """ids: [tokens] int64. Returns [tokens, hidden], what the first block gets."""
+        return self.model.embed(self._batch(ids))
+
+    @torch.inference_mode()
+    def run_block(self, index: int, residual: Tensor) -> None:
+        """Take a piece through one block. residual: [tokens, hidden], changed in place."""
+        batch = self._batch(torch.zeros(len(residual), dtype=torch.int64))
+        self.model.blocks[index](residual, batch, self._kv[index])
+
+    def _batch(self, ids: Tensor) -> Batch:
+        count = len(ids)
+        attend = AnySequences(
+            self._table, torch.tensor([0, count], dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
+        )
+        positions = torch.arange(count)
+        return Batch(ids, positions.int().unsqueeze(0), positions, attend, positions)

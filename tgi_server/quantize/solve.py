@@ -1,4 +1,9 @@
-"""Codes for a matrix: the nearest ones, or those that GPTQ finds. Frantar et al. 2022, arXiv:2210.17323."""
+"""Codes for a matrix: the nearest ones, or those whose products come nearest.
+
+Frantar et al. 2022, arXiv:2210.17323, with scales chosen before the codes, so that columns may be rounded in order of
+their inputs' size though groups are of neighbours. Then, in turns: each code is set anew to the best one beside all
+others, and each scale to the best one of its codes. Every step can only lower the error of the products.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +14,12 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.quant_weight import QuantWeight
+from tgi_server.quantize.grid import Grid, fit, round_to
+from tgi_server.quantize.table_grid import TableGrid
 
 DAMPING: Final = 0.01  # of the mean diagonal, added to it: keeps the inverse finite where inputs hardly vary
 _BLOCK: Final = 128  # columns whose errors are spread together
-_SHRINKS: Final = tuple(
-    1.0 - 0.03 * i for i in range(12)
-)  # of the range of a group, to round the many better
-_NORM: Final = 2.4  # power of the error that a range is chosen by: between squares and the largest
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What codes a matrix gets. group_size: columns that share a scale, -1 for all."""
-
-    bits: int
-    group_size: int
-    is_symmetric: bool
-    orders_columns: bool  # those with the largest inputs first, which makes their errors the smallest
-
-    def size(self, in_features: int) -> int:
-        return in_features if self.group_size == -1 else self.group_size
+_TURNS: Final = 4  # of codes and scales; the first gives half of the gain
 
 
 @dataclass(frozen=True)
@@ -56,86 +47,126 @@ class Codes:
 
 def nearest(weight: Tensor, grid: Grid) -> Codes:
     """The code next to each weight. weight: [out, in] float32."""
-    size = grid.size(weight.shape[1])
-    parts = [_fit(part, grid) for part in weight.split(size, 1)]
-    codes = [_round(part, *fit, grid.bits) for part, fit in zip(weight.split(size, 1), parts, strict=True)]
-    group_of = torch.arange(weight.shape[1]) // size
-    return _codes(torch.cat(codes, 1), [scale for scale, _ in parts], [zero for _, zero in parts], group_of)
+    group_of = torch.arange(weight.shape[1]) // grid.size(weight.shape[1])
+    scales, zeros = fit(weight, grid)
+    codes = round_to(weight, scales[:, group_of], zeros[:, group_of], grid.bits)
+    return Codes(codes.to(torch.uint8), scales.half(), zeros.short(), group_of)
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Codes:
     """Codes whose products with the inputs that `hessian` was made of are nearly those of the weight.
 
-    weight: [out, in] float32. hessian: [in, in], the sum of x · xᵀ over inputs x. Columns are rounded one after
-    another; the error of each is made up for, as far as its inputs go with theirs, in those still to come.
+    weight: [out, in] float32. hessian: [in, in], the sum of x · xᵀ over inputs x.
     """
     columns = weight.shape[1]
-    size = grid.size(columns)
-    order = hessian.diagonal().argsort(descending=True) if grid.orders_columns else torch.arange(columns)
-    left = weight[:, order].clone()
-    spread = _spread(hessian[order][:, order], left)
-    block = size * max(1, _BLOCK // size) if grid.group_size != -1 else _BLOCK
-    codes, scales, zeros = torch.empty(weight.shape, dtype=torch.uint8), [], []
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty(len(left), stop - start)
-        for k in range(start, stop):
-            if k % size == 0:
-                scale, zero = _fit(left[:, k : k + size], grid)
-                scales.append(scale)
-                zeros.append(zero)
-            column = left[:, k : k + 1]
-            codes[:, k : k + 1] = code = _round(column, scale, zero, grid.bits)
-            error = (column - (code.float() - zero) * scale) / spread[k, k]
-            errors[:, k - start] = error[:, 0]
-            left[:, k:stop] -= error * spread[k, k:stop]
-        left[:, stop:] -= errors @ spread[start:stop, stop:]
-    back = order.argsort()
-    return _codes(codes[:, back], scales, zeros, (torch.arange(columns) // size)[back])
+    by_size = hessian.diagonal().argsort(descending=True)
+    place = by_size if grid.orders_columns else torch.arange(columns)  # groups follow each other in it
+    weight, hessian = weight[:, place].clone(), hessian[place][:, place]
+    order = torch.arange(columns) if grid.orders_columns else by_size
+    solution = Solution(weight, hessian, order, grid)
+    solution.improve()
+    group_of = torch.empty(columns, dtype=torch.int64)
+    group_of[place] = solution.group_of
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes[:, place] = solution.codes.to(torch.uint8)
+    return Codes(codes, solution.scales.half(), solution.zeros.short(), group_of)
 
 
-def _spread(hessian: Tensor, weight: Tensor) -> Tensor:
-    """The upper Cholesky factor of the hessian's inverse; weights whose inputs are always zero become zero."""
+class Solution:
+    """Codes on their way to the least error tr(E · H · Eᵀ), E being weight less what codes mean. Groups lie together.
+
+    order: in which columns are rounded at first. Weights whose inputs are always zero become zero, in place.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid | TableGrid) -> None:
+        self._weight, self._grid = weight, grid
+        self._hessian = _damped(hessian, weight)
+        self.group_of = torch.arange(weight.shape[1]) // grid.size(weight.shape[1])
+        spread = spread_of(self._hessian[order][:, order])
+        importance = torch.empty(len(order))
+        importance[order] = spread.diagonal() ** -2  # what an error costs that later columns make up for
+        self.scales, self.zeros = grid.fit(weight, importance)
+        self.codes = self._cascade(order, spread)
+
+    def _cascade(self, order: Tensor, spread: Tensor) -> Tensor:
+        """Round one column after another; what that breaks is mended, as far as it can be, in those still to come."""
+        left, group_of = self._weight[:, order], self.group_of[order].tolist()
+        codes = torch.empty_like(left)
+        for start in range(0, len(order), _BLOCK):
+            stop = min(start + _BLOCK, len(order))
+            errors = torch.empty(len(left), stop - start)
+            for k in range(start, stop):
+                column, group = left[:, k], group_of[k]
+                codes[:, k], error = self._rounded(column, group)
+                errors[:, k - start] = error = error / spread[k, k]
+                left[:, k:stop].addr_(error, spread[k, k:stop], alpha=-1)
+            left[:, stop:] -= errors @ spread[start:stop, stop:]
+        return codes[:, order.argsort()].contiguous()
+
+    def improve(self) -> None:
+        """Better codes and scales in turns."""
+        for _ in range(_TURNS):
+            self.descend()
+            self.refit()
+
+    def descend(self) -> None:
+        """Give each column in turn the codes that are best beside the others."""
+        slope = (self._weight - self._dense()) @ self._hessian  # half of the error's, for what codes mean
+        steepness, group_of = self._hessian.diagonal(), self.group_of.tolist()
+        for start in range(0, slope.shape[1], _BLOCK):
+            stop = min(start + _BLOCK, slope.shape[1])
+            block, near = slope[:, start:stop].contiguous(), self._hessian[start:stop, start:stop]
+            moves = torch.empty_like(block)
+            for k in range(start, stop):
+                group = group_of[k]
+                old = (self.codes[:, k] - self.zeros[:, group]) * self.scales[:, group]
+                wanted = old + block[:, k - start] / steepness[k]
+                self.codes[:, k], short = self._rounded(wanted, group)
+                moves[:, k - start] = move = wanted - short - old
+                block.addr_(move, near[k - start], alpha=-1)
+            slope -= moves @ self._hessian[start:stop]
+
+    def refit(self) -> None:
+        """Give the groups of each row the scales that are best for its codes, all at once."""
+        groups = self.scales.shape[1]
+        steps = self.codes - self.zeros[:, self.group_of]
+        aims = ((self._weight @ self._hessian) * steps).unflatten(1, (groups, -1)).sum(2)
+        pairs = torch.empty(len(steps), groups, groups)
+        for group, (part, rows) in enumerate(
+            zip(steps.chunk(groups, 1), self._hessian.chunk(groups), strict=True)
+        ):
+            pairs[:, group] = ((part @ rows) * steps).unflatten(1, (groups, -1)).sum(2)
+        pairs = pairs.double()
+        diagonal = pairs.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-12
+        found = torch.linalg.solve(pairs, aims.double()).half().float()
+        # A group whose codes hardly matter may get any scale; it keeps the one it has.
+        sane = (found / self.scales - 1).abs() < 0.5
+        self.scales = torch.where(sane & (found > 0), found, self.scales)
+
+    def _rounded(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Codes of a column, and what it has more than they mean; [out] each."""
+        scale, zero = self.scales[:, group], self.zeros[:, group]
+        codes = self._grid.nearest(column, scale, zero)
+        return codes, column - (codes - zero) * scale
+
+    def _dense(self) -> Tensor:
+        return (self.codes - self.zeros[:, self.group_of]) * self.scales[:, self.group_of]
+
+
+def _damped(hessian: Tensor, weight: Tensor) -> Tensor:
+    """The hessian as float32 that can be inverted; weights whose inputs are always zero become zero."""
     damped = hessian.double()
     diagonal = damped.diagonal()
     idle = diagonal == 0
     diagonal[idle] = 1
     weight[:, idle] = 0
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return damped.float()
+
+
+def spread_of(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of a damped hessian, [in, in] float32."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
-
-
-def _fit(part: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, [out, 1] each, of a group of columns [out, size]: those with the least error."""
-    top = (1 << grid.bits) - 1
-    low, high = part.amin(1, keepdim=True).clamp(max=0), part.amax(1, keepdim=True).clamp(min=0)
-    if grid.is_symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    best = torch.full_like(low, torch.inf)
-    scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in _SHRINKS:
-        tried = ((high - low) * shrink / top).clamp(min=6e-8).half().float()
-        middle = float(1 << (grid.bits - 1))
-        # The first version of the format cannot hold a zero point of 0.
-        point = (
-            torch.full_like(low, middle)
-            if grid.is_symmetric
-            else (-low * shrink / tried).round().clamp(1, top)
-        )
-        error = ((_round(part, tried, point, grid.bits).float() - point) * tried - part).abs().pow(_NORM)
-        total = error.sum(1, keepdim=True)
-        better = total < best
-        best = torch.where(better, total, best)
-        scale, zero = torch.where(better, tried, scale), torch.where(better, point, zero)
-    return scale, zero
-
-
-def _round(part: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return ((part / scale).round() + zero).clamp(0, (1 << bits) - 1).to(torch.uint8)
-
-
-def _codes(codes: Tensor, scales: list[Tensor], zeros: list[Tensor], group_of: Tensor) -> Codes:
-    return Codes(codes, torch.cat(scales, 1).half(), torch.cat(zeros, 1).short(), group_of)

@@ -17,6 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tgi_server.errors import ErrorKind, StartupError, UserError
 
 _MAX_COMPLAINT_CHARS = 500
+_MAX_SOURCE_CHARS = (
+    100_000  # five times the longest in use; jinja2 needs 10 s a million, and nobody can stop it
+)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -60,10 +63,16 @@ class ChatTemplate:
             sources = _sources(_read_if_there(file).get("chat_template"))
         if not sources:
             return None
+        if (chars := sum(map(len, sources.values()))) > _MAX_SOURCE_CHARS:
+            raise StartupError(
+                f"{file}: a chat template of {chars} characters; {_MAX_SOURCE_CHARS} are taken at most"
+            )
         try:
             return cls(sources, special)
         except jinja2.TemplateSyntaxError as error:
             raise StartupError(f"{file}: line {error.lineno} of the chat template: {error.message}") from None
+        except (RecursionError, SyntaxError) as error:
+            raise StartupError(f"{file}: the chat template is nested too deep ({error})") from None
 
     def render(
         self,

@@ -1,0 +1,90 @@
+"""What `quantize` writes in compressed-tensors' layouts is served and loaded by transformers as what it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from tests.quantization.test_served import TOKENS, load
+from tests.quantize.test_command import model, quantize
+from tgi_kernels.quant_weight import dequantise
+from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.config import ModelConfig
+from tgi_server.quantization.byte_codes import nearest_e4m3, nearest_int8
+from tgi_server.quantization.detect import find_scheme
+
+__all__ = ["model"]
+
+METHODS = {
+    "fp8": ["--method", "fp8"],
+    "w8a16": ["--method", "w8a16"],
+    "w8a16 in groups": ["--method", "w8a16", "--group-size", "32"],
+}
+
+
+def stood_for(folder: Path, original: Path) -> dict[str, Tensor]:
+    """The tensors of the original, its matrices as `folder` has them."""
+    checkpoint, config = Checkpoint(folder), ModelConfig.from_folder(folder)
+    scheme = find_scheme(config.raw, checkpoint)
+    assert scheme is not None
+    tensors = load_file(original / "model.safetensors")
+    for name, tensor in tensors.items():
+        matrix = name.removesuffix(".weight")
+        if scheme.covers(checkpoint, matrix):
+            tensors[name] = dequantise(scheme.read(checkpoint, matrix, *tensor.shape), torch.float32)
+            assert 0 < float((tensors[name] - tensor).norm()) < 0.2 * float(tensor.norm())
+    return tensors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_written_is_served_and_loaded_by_transformers_as_what_it_stands_for(
+    model: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    assert quantize(model, out, *METHODS[method]) == 0
+    assert "verdict: good" in capsys.readouterr().out
+    tensors = stood_for(out, model)
+    dense.mkdir()
+    save_file(tensors, dense / "model.safetensors")
+    (dense / "config.json").write_text((model / "config.json").read_text())
+    assert torch.equal(load(out).step({"a": TOKENS})["a"], load(dense).step({"a": TOKENS})["a"])
+    pytest.importorskip("compressed_tensors")
+    config = CompressedTensorsConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=config)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), tensors[name].bfloat16()), (
+            name
+        )  # its package rounds to scales' type
+
+
+# ---- codes
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(48, 192, generator=torch.Generator().manual_seed(1)) * 0.1
+
+
+def test_float8_is_the_nearest_number_and_reaches_the_largest(weight: Tensor) -> None:
+    weight[5] = 0
+    found = nearest_e4m3(weight)
+    dense = dequantise(found, torch.float32)
+    normal = weight.abs() > found.scales / 64
+    assert bool(((dense - weight).abs() <= weight.abs() / 16 + 1e-9)[normal].all())
+    assert bool(((dense - weight).abs() <= found.scales / 1024)[~normal].all())
+    largest = (dense.abs().amax(1) / found.scales[:, 0])[weight.abs().amax(1) > 0]
+    assert int(largest.min()) >= 416 and int(largest.max()) == 448
+
+
+@pytest.mark.parametrize("size", [32, 192])
+def test_whole_numbers_are_the_nearest_steps(weight: Tensor, size: int) -> None:
+    weight[5, :32] = 0
+    found = nearest_int8(weight, size)
+    scales = found.scales.float().repeat_interleave(size, 1)
+    assert bool(((dequantise(found, torch.float32) - weight).abs() <= 0.76 * scales).all())
+    assert int(found.codes.min()) == 1 and int(found.codes.max()) == 255
