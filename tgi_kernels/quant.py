@@ -63,12 +63,7 @@ def quant_linear(
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
     if not isinstance(packed, PackedCpu):
-        to = out if gate is None else None
-        if isinstance(packed, PackedCuda):
-            product = quant_matmul(x, packed, bias, residual=residual, out=to)
-        else:
-            product = runs_matmul(x, packed, bias, residual=residual, out=to)
-        return product if gate is None else GATED[gate](product, out)
+        return _linear_cuda(x, packed, bias, residual, gate, out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     width = packed.out_features if gate is None else _half(packed.out_features)
@@ -97,6 +92,22 @@ def quant_linear(
         _check_out(out, x, width)
         raise
     return out
+
+
+def _linear_cuda(
+    x: Tensor,
+    packed: PackedCuda | PackedRuns,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Gate | None,
+    out: Tensor | None,
+) -> Tensor:
+    to = out if gate is None else None
+    if isinstance(packed, PackedCuda):
+        product = quant_matmul(x, packed, bias, residual=residual, out=to)
+    else:
+        product = runs_matmul(x, packed, bias, residual=residual, out=to)
+    return product if gate is None else GATED[gate](product, out)
 
 
 def _half(columns: int) -> int:

@@ -24,7 +24,13 @@ STRIP: Final = 64  # rows that lie together
 BLOCK: Final = 128  # columns that lie together
 FEW_TOKENS: Final = 64  # up to which slabs of 16 tokens are quicker than the dense matrix and its product
 _TABLE, _E4M3 = 16, 17  # of kinds.cuh's Codes; integers are named by their bits
-_SCALINGS: Final[tuple[Scaling, ...]] = ("half", "brain", "single", "offset", "zero")  # in the order of runs.h
+_SCALINGS: Final[tuple[Scaling, ...]] = (
+    "half",
+    "brain",
+    "single",
+    "offset",
+    "zero",
+)  # in the order of runs.h
 _NAN: Final = 0x7F  # of e4m3, beside its sign
 
 

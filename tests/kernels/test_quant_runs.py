@@ -64,7 +64,11 @@ def blocks_of(packed: PackedRuns) -> list[Tensor]:
         loads = 2 * bits // 4
         for quarter in range(4):
             for lane in range(32):
-                own = [words[:, :, (i * 128 + quarter * 32 + lane) * 4 + j] for i in range(loads) for j in range(4)]
+                own = [
+                    words[:, :, (i * 128 + quarter * 32 + lane) * 4 + j]
+                    for i in range(loads)
+                    for j in range(4)
+                ]
                 tail = loads * 512 + (quarter * 32 + lane) * 2
                 own += [words[:, :, tail + j] for j in range(2 * bits % 4)]
                 slots = codes_of(torch.stack(own, 2).flatten(0, 1), kind).view(strips, blocks, 32, 2)
@@ -126,7 +130,9 @@ def test_runs_of_several_widths_lie_one_after_another(noise: torch.Generator) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_tables_numbers_lose_less_than_by_plain_rounding(noise: torch.Generator, dtype: torch.dtype) -> None:
+def test_a_tables_numbers_lose_less_than_by_plain_rounding(
+    noise: torch.Generator, dtype: torch.dtype
+) -> None:
     for values in ("nf4", "fp4", "e2m1"):
         packed = pack_runs(random_weight(noise, (64, 5, 64), 4, torch.float32, values, "nothing"), dtype)
         assert packed.table is not None
@@ -141,7 +147,9 @@ def test_what_gpus_cannot_hold_is_refused_with_the_reason(noise: torch.Generator
     nan.codes[1, 5] = 0xFF
     many = Segments(tuple(random_weight(noise, (32, 8, 32), 2 + i % 2) for i in range(9)))
     odd = Segments((random_weight(noise, (48, 8, 48), 4), random_weight(noise, (32, 8, 32), 4)))
-    mixed = Segments((random_weight(noise, (32, 8, 32), 4), random_weight(noise, (32, 8, 32), 4, torch.float32)))
+    mixed = Segments(
+        (random_weight(noise, (32, 8, 32), 4), random_weight(noise, (32, 8, 32), 4, torch.float32))
+    )
     refused: list[tuple[QuantWeight | Segments, str]] = [
         (groups, "no multiple of 16"),
         (nan, "1 of 96 codes are NaN"),
