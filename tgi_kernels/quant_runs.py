@@ -24,13 +24,10 @@ STRIP: Final = 64  # rows that lie together
 BLOCK: Final = 128  # columns that lie together
 FEW_TOKENS: Final = 64  # up to which slabs of 16 tokens are quicker than the dense matrix and its product
 _TABLE, _E4M3 = 16, 17  # of kinds.cuh's Codes; integers are named by their bits
+# In the order of runs.h.
 _SCALINGS: Final[tuple[Scaling, ...]] = (
-    "half",
-    "brain",
-    "single",
-    "offset",
-    "zero",
-)  # in the order of runs.h
+    "half", "brain", "half_zeros", "brain_zeros", "single", "offset", "zero",
+)  # fmt: skip
 _NAN: Final = 0x7F  # of e4m3, beside its sign
 
 
@@ -39,7 +36,7 @@ class PackedRuns:
     """A weight in the layout of the GPU kernels, for activations of `dtype`; made by `pack_runs`."""
 
     words: Tensor  # int32, run after run [strips, blocks, 256 · bits]
-    scales: Tensor  # int32, run after run [strips, groups, 64, 1 or 2]
+    scales: Tensor  # int32, run after run [strips, groups, quarters, 8, 1, 2 or 4]
     runs: Tensor  # int64 [runs, 4] on the host: kind of codes, columns, group size, zero point of all groups
     scaling: int
     table: Tensor | None  # float32 [16] on the host: the numbers of codes
@@ -143,8 +140,8 @@ def _misfit(weight: QuantWeight | Segments) -> str | None:
     scalings = {_scaling(part) for part in parts}
     if None in scalings:
         return "groups that are no multiple of 16 columns, or a table's numbers and offsets"
-    if len(parts) > 1 and not scalings <= {"half"} and not scalings <= {"brain"}:
-        return f"runs of columns that are scaled in different ways, {sorted(map(str, scalings))}"
+    if len(parts) > 1 and (len(scalings) > 1 or scalings & {"single", "offset", "zero"}):
+        return f"runs of columns that are scaled in different ways, or in fp32: {sorted(map(str, scalings))}"
     if any(part.codes.shape[1] % 32 for part in parts[:-1]):
         return f"runs of {[part.codes.shape[1] for part in parts]} columns; GPUs take multiples of 32"
     if parts[0].values == "e4m3":
@@ -176,7 +173,8 @@ def _packed_run(weight: QuantWeight, scaling: Scaling, *, is_last: bool) -> tupl
     if is_last and size == columns:
         size = blocks * BLOCK  # x is zero where there are no more columns
     groups = -(-blocks * BLOCK // size)
-    zero = int(weight.zeros[0, 0]) if scaling == "single" and weight.zeros is not None else 0
+    has_one = scaling in ("half", "brain", "single")
+    zero = int(weight.zeros[0, 0]) if has_one and weight.zeros is not None else 0
     kind = {"integer": bits, "e4m3": _E4M3}.get(weight.values, _TABLE)
     words = _words(weight.codes, bits, is_table=kind == _TABLE)
     return words, _scales(weight, scaling, groups), [kind, columns, size, zero]
@@ -219,21 +217,25 @@ def _put(words: Tensor, codes: Tensor, bits: int, slot: int, half: int) -> None:
 
 
 def _scales(weight: QuantWeight, scaling: Scaling, groups: int) -> Tensor:
-    """[strips · groups · 64 · 1 or 2] words; zeros for groups and rows that are not there."""
-    if scaling in ("half", "brain"):
-        assert weight.zeros is not None
-        low = weight.scales.contiguous().view(torch.int16).int() & 0xFFFF
-        kinds = (low | (weight.zeros.int() << 16)).unsqueeze(1)
+    """[strips · groups · 4 · 8 · 1, 2 or 4] words; zeros for groups and rows that are not there."""
+    own = [weight.scales.float()]
+    if scaling == "offset" and weight.offsets is not None:
+        own.append(weight.offsets)
+    elif scaling == "zero" and weight.zeros is not None:
+        own.append(weight.zeros.float())
+    if scaling in ("half", "brain", "half_zeros", "brain_zeros"):
+        kinds = (weight.scales.contiguous().view(torch.int16).int() & 0xFFFF).unsqueeze(1)
+        if scaling in ("half_zeros", "brain_zeros") and weight.zeros is not None:
+            kinds |= weight.zeros.int().unsqueeze(1) << 16
     else:
-        own = [weight.scales.float()]
-        if scaling == "offset" and weight.offsets is not None:
-            own.append(weight.offsets)
-        elif scaling == "zero" and weight.zeros is not None:
-            own.append(weight.zeros.float())
         kinds = torch.stack(own, 1).contiguous().view(torch.int32)
     rows, count, present = kinds.shape
     padded = functional.pad(kinds, (0, groups - present, 0, 0, 0, -rows % STRIP))
-    return padded.view(-1, STRIP, count, groups).permute(0, 3, 1, 2).flatten()
+    # strips, quarters, h, g, kinds, groups
+    words = padded.view(-1, 4, 2, 8, count, groups).permute(0, 5, 1, 3, 4, 2)
+    if scaling in ("half", "brain"):
+        words = words[..., 0] | words[..., 1] << 16
+    return words.flatten()
 
 
 def _table_scale(numbers: Tensor, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
 _GPU_BLOCK: Final = 128  # columns that lie together, beside pieces
 MAX_RUNS: Final = 8  # of columns of different widths, on GPUs
 # How weights are scaled on GPUs, see csrc/quant/runs.h.
-Scaling = Literal["half", "brain", "single", "offset", "zero"]
+Scaling = Literal["half", "brain", "half_zeros", "brain_zeros", "single", "offset", "zero"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def scaling_of(
     if has_offsets:
         return "offset"
     if zeros != "none" and scale_bytes == 2 and (size % 32 == 0 or size == columns):
-        return "brain" if is_brain else "half"
+        if zeros == "one":
+            return "brain" if is_brain else "half"
+        return "brain_zeros" if is_brain else "half_zeros"
     return "zero" if zeros == "many" else "single"
 
 
@@ -111,5 +113,5 @@ def _gpu_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:
     filled = -(-columns // _GPU_BLOCK) * _GPU_BLOCK
     groups = 1 if size == columns else -(-filled // size)
     bits = kind.bits if kind.is_mixed else stored_bits(round(kind.bits))
-    words = 2 if scaling in ("offset", "zero") else 1
-    return strips * _GPU_EDGE * (round(filled * bits / 8) + 4 * words * groups)
+    scale_bytes = 2 if scaling in ("half", "brain") else 8 if scaling in ("offset", "zero") else 4
+    return strips * _GPU_EDGE * (round(filled * bits / 8) + scale_bytes * groups)

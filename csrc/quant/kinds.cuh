@@ -1,17 +1,19 @@
 // Weights of every kind as 16-bit operands of the tensor cores, whatever the number of their bits.
 //
-// A block is 128 columns of a strip of 64 rows. A lane holds 64 codes of it, two in each of 32 slots: slot 4s + i
-// is register i of the operand fragment of k16 step s (mma.cuh; m16n8k16, and m64nNk16 by warps). Its words are
-// 2 · bits, in 16-byte loads and a last one of 8 where their number is no multiple of four:
+// A block is 128 columns of a strip of 64 rows. A lane holds 64 codes of it, two in each of 32 slots: slot 4s
+// + i is register i of the operand fragment of k16 step s (mma.cuh; m16n8k16, and m64nNk16 by warps). Its
+// words are 2 · bits, in 16-byte loads and a last one of 8 where their number is no multiple of four:
 //
 //   [load][quarter of the strip][lane][16 bytes] … [quarter][lane][8 bytes]
 //
-// Integers and e4m3: the two codes of a slot lie at the same place of a word's halves, 16 / bits slots a word, in
-// order. What is left at the top of the halves holds the last slots:
+// Integers and e4m3: the two codes of a slot lie at the same place of a word's halves, 16 / bits slots a
+// word, in order. What is left at the top of the halves holds the last slots:
 //   3 and 5 bits  slots 30 and 31, a bit of each of `bits` words, the lowest first
-//   6 bits        slots 24 + 2u and 25 + 2u in words 3u … 3u + 2: four bits of the first (the third), and above them
+//   6 bits        slots 24 + 2u and 25 + 2u in words 3u … 3u + 2: four bits of the first (the third), and
+//   above them
 //                 the lower (upper) two of the second
-// Codes of a table: byte i of word s is slot 4s + i, the first code in its low bits; it looks up both at once.
+// Codes of a table: byte i of word s is slot 4s + i, the first code in its low bits; it looks up both at
+// once.
 #pragma once
 
 #include "quant/layout.cuh"
@@ -20,11 +22,14 @@ namespace tgi {
 
 enum class Codes : int { i2 = 2, i3 = 3, i4 = 4, i5 = 5, i6 = 6, i8 = 8, table = 16, e4m3 = 17 };
 
-constexpr int kBlock = 128;           // columns
-constexpr int kTableBytes = 256 * 128;  // of shared memory: of each pair of codes a word a lane, so banks are its own
+constexpr int kBlock = 128;  // columns
+constexpr int kTableBytes =
+    256 * 128;  // of shared memory: of each pair of codes a word a lane, so banks are its own
 
 template <Codes kCodes>
-constexpr int kBitsOf = kCodes == Codes::table ? 4 : kCodes == Codes::e4m3 ? 8 : static_cast<int>(kCodes);
+constexpr int kBitsOf = kCodes == Codes::table  ? 4
+                        : kCodes == Codes::e4m3 ? 8
+                                                : static_cast<int>(kCodes);
 
 // A slot's two codes at bit 0 of the halves, over the bits of `rest`.
 template <int kBits>
@@ -117,7 +122,8 @@ struct Operands<T, Codes::e4m3> {
         const auto two = static_cast<uint16_t>(__byte_perm(word, 0, i % 2 == 0 ? 0x4420 : 0x4431));
         asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(to[i]) : "h"(two));
       } else {
-        // Sign and fields in the places of bf16, whose exponent's bias is 120 more; subnormal numbers are, too.
+        // Sign and fields in the places of bf16, whose exponent's bias is 120 more; subnormal numbers are,
+        // too.
         const uint32_t number = i % 2 == 0 ? word << 4 : word >> 4, sign = i % 2 == 0 ? word << 8 : word;
         const uint32_t bits = merged(sign, 0x80008000u, number & 0x07f007f0u);
         to[i] = as<uint32_t>(__hmul2(as<Two>(bits), as<Two>(0x7b807b80u)));

@@ -1,14 +1,14 @@
-// Product of few tokens with weights of every kind on Hopper: 2 to 8 bits, numbers of a table, e4m3, and runs of
-// columns of different widths (EXL2).
+// Product of few tokens with weights of every kind on Hopper: 2 to 8 bits, numbers of a table, e4m3, and runs
+// of columns of different widths (EXL2).
 //
 // It sums as sm90_few.cu does: chunks of columns that share a scale by the tensor cores, exact operands, and
-// total = fma(scale, chunk, total) in fp32, in ascending order; where there are few rows, a cluster cuts the columns
-// into ranges. An offset is multiplied by the chunk's sum of x, which a product with ones gives. Tokens come in slabs
-// of 16. docs/kernels/quant_runs.md.
+// total = fma(scale, chunk, total) in fp32, in ascending order; where there are few rows, a cluster cuts the
+// columns into ranges. An offset is multiplied by the chunk's sum of x, which a product with ones gives.
+// Tokens come in slabs of 16. docs/kernels/quant_runs.md.
 //
 //   each warp:  | words and scales of the first blocks | wait for the previous kernel | x of its range |
-//               block n: ldmatrix → widen → mma of each chunk → scale, as words of later blocks travel | next run |
-//               ranges | store |
+//               block n: ldmatrix → widen → mma of each chunk → scale, as words of later blocks travel | next
+//               run | ranges | store |
 #pragma once
 
 #include <cstring>
@@ -43,24 +43,26 @@ struct Tiling {
 };
 
 // How sums are scaled, as far as kernels differ.
-enum class Format { pair, single, two };
+enum class Format { brief, zeros, single, two };
 
 // One warp's walk along blocks of a run. kSteps: k16 steps of a chunk.
 template <typename T, Codes kCodes, Format kFormat, int kTokens, int kSteps>
 struct Walk {
   static constexpr int kChunks = 8 / kSteps;
   static constexpr int kWords = 2 * kBitsOf<kCodes>;
-  static constexpr int kScales = kFormat == Format::two ? 2 : 1;  // words of a row and group
-  static constexpr int kStage = kWords + kChunks * 2 * kScales;
+  static constexpr int kScales = kFormat == Format::brief ? 1
+                                 : kFormat == Format::two ? 4
+                                                          : 2;  // words of a chunk
+  static constexpr int kStage = kWords + kChunks * kScales;
   // Registers of a thread that has 128: the more sums it keeps, the fewer are left for what is under way.
   static constexpr int kRoom = 56 - kTokens - (kFormat == Format::two ? kTokens : 0);
-  static constexpr int kDepth = kStage <= 12 && kFormat == Format::pair ? 4 : kRoom >= 3 * kStage ? 3 : kRoom >= 2 * kStage ? 2 : 1;
+  static constexpr int kDepth = kStage > kRoom ? 1 : kRoom / kStage < 4 ? kRoom / kStage : 4;
   static constexpr int kBlocks = kTokens / 8;
   static constexpr int kBytes = 1024 * kBitsOf<kCodes>;  // of a block
 
   struct Stage {
     uint32_t word[kWords];
-    uint32_t scale[kChunks][2][kScales];
+    uint32_t scale[kChunks][kScales];
   };
 
   const QuantRun& run;
@@ -78,7 +80,8 @@ struct Walk {
     words = run.words + (static_cast<int64_t>(strip) * blocks + first) * kBytes;
     const int group = first * 8 / group_steps;
     scales = run.scales +
-             ((static_cast<int64_t>(strip) * run.groups + group) * kStrip + quarter * 16 + lane / 4) * kScales;
+             ((static_cast<int64_t>(strip) * run.groups + group) * (kStrip / 2) + quarter * 8 + lane / 4) *
+                 kScales;
     to_load = first;
     end = last;
     left = (group + 1) * group_steps - first * 8;
@@ -107,32 +110,35 @@ struct Walk {
     const int group_steps = run.group_size / 16;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if constexpr (kScales == 1) {
-          to.scale[c][h][0] = __ldg(scales + 8 * h);
-        } else {
-          const uint2 both = __ldg(reinterpret_cast<const uint2*>(scales) + 8 * h);
-          to.scale[c][h][0] = both.x;
-          to.scale[c][h][1] = both.y;
-        }
+      if constexpr (kScales == 1) {
+        to.scale[c][0] = __ldg(scales);
+      } else if constexpr (kScales == 2) {
+        const uint2 two = __ldg(reinterpret_cast<const uint2*>(scales));
+        to.scale[c][0] = two.x, to.scale[c][1] = two.y;
+      } else {
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(scales));
+        to.scale[c][0] = four.x, to.scale[c][1] = four.y, to.scale[c][2] = four.z, to.scale[c][3] = four.w;
       }
       left -= kSteps;
       if (left <= 0) {
-        scales += kScales * kStrip;
+        scales += kScales * (kStrip / 2);
         left += group_steps;
       }
     }
     ++to_load;
   }
 
-  __device__ __forceinline__ float scale_of_word(uint32_t word) const {
-    if constexpr (kFormat == Format::pair) {
+  // Of row g + 8h.
+  __device__ __forceinline__ float scale_of_row(const uint32_t (&words)[kScales], int h) const {
+    if constexpr (kFormat == Format::brief) {
+      const uint32_t word = h == 0 ? words[0] : words[0] >> 16;
       return scaling == Scaling::half ? scale_of<__half>(word) : scale_of<__nv_bfloat16>(word);
+    } else if constexpr (kFormat == Format::zeros) {
+      return scaling == Scaling::half_zeros ? scale_of<__half>(words[h]) : scale_of<__nv_bfloat16>(words[h]);
     } else if constexpr (kCodes == Codes::table) {
-      return __uint_as_float(word) * all_scale;
+      return __uint_as_float(words[h]) * all_scale;
     } else {
-      return __uint_as_float(word);
+      return __uint_as_float(words[h]);
     }
   }
 
@@ -155,8 +161,8 @@ struct Walk {
         if (step % kSteps == 0) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            scale[h] = scale_of_word(stage.scale[chunk][h][0]);
-            if constexpr (kFormat == Format::pair) operands.set_zero(h, stage.scale[chunk][h][0] >> 16);
+            scale[h] = scale_of_row(stage.scale[chunk], h);
+            if constexpr (kFormat == Format::zeros) operands.set_zero(h, stage.scale[chunk][h] >> 16);
           }
 #pragma unroll
           for (int j = 0; j < kBlocks; ++j) {
@@ -178,7 +184,7 @@ struct Walk {
           for (int e = 0; e < 4; ++e) {
             total[j][e] = fmaf(scale[e / 2], d[j][e], total[j][e]);
             if constexpr (kFormat == Format::two) {
-              const float shift = __uint_as_float(stage.scale[chunk][e / 2][1]);
+              const float shift = __uint_as_float(stage.scale[chunk][2 + e / 2]);
               const float offset = scaling == Scaling::zero ? -shift * scale[e / 2] : shift;
               total[j][e] = fmaf(offset, sum[j][e % 2], total[j][e]);
             }
@@ -188,7 +194,8 @@ struct Walk {
     }
   }
 
-  // Blocks [first, end); x: address of the first one's. `arrived(i)` returns when x of the i-th of them is there.
+  // Blocks [first, end); x: address of the first one's. `arrived(i)` returns when x of the i-th of them is
+  // there.
   template <typename F>
   __device__ __forceinline__ void walk(int first, int quarter, uint32_t x, uint32_t table,
                                        float (&total)[kBlocks][4], F&& arrived) {
@@ -197,7 +204,7 @@ struct Walk {
                                 token * kRowBytes + (((4 + chunk) ^ token) << 4)};
     Operands<T, kCodes> operands;
     if constexpr (kCodes == Codes::table) operands.table = table + lane * 4;
-    if constexpr (Operands<T, kCodes>::kHasZero && kFormat != Format::pair) {
+    if constexpr (Operands<T, kCodes>::kHasZero && kFormat != Format::zeros) {
       operands.set_zero(0, run.zero);
       operands.set_zero(1, run.zero);
     }
@@ -217,7 +224,8 @@ struct Walk {
 // Asks L2 for the first words of a run, which the walk along the run before it leads to.
 __device__ __forceinline__ void prefetch_run(const QuantRun& run, int unit, int bits) {
   const int blocks = (run.columns + kBlock - 1) / kBlock;
-  const uint8_t* from = run.words + static_cast<int64_t>(unit / 4) * blocks * (1024 * bits) + threadIdx.x % 32 * 128;
+  const uint8_t* from =
+      run.words + static_cast<int64_t>(unit / 4) * blocks * (1024 * bits) + threadIdx.x % 32 * 128;
   const int bytes = min(blocks, 2) * 1024 * bits;
   for (int i = 0; i < bytes; i += 4096) {
     if (i + static_cast<int>(threadIdx.x % 32) * 128 < bytes) {
@@ -390,7 +398,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
 
 // ---- host ----
 
-constexpr int kSharedBytes = 224 * 1024;
+constexpr int kSharedBytes = 224 * 1024, kHalfSm = 112 * 1024;
 
 // Ranges of columns: as many as give each scheduler of a large GPU two warps, and as let 16 tokens' x fit.
 // They follow from the shape alone, since bits depend on them.
@@ -418,11 +426,18 @@ cudaError_t launch_runs(const RunsMatmulParams& p, const QuantRuns& w, int sms, 
   t.scale = t.has_table ? 1.0f / w.table_scale : 1.0f;
   t.units = (w.rows + kStrip - 1) / kStrip * 4;
   t.ranges = ranges_for(w.rows, w.blocks * 2);
-  const int most = max(1, sms / t.ranges);
+  int most = max(1, sms / t.ranges);
   const int parts = ((w.blocks + t.ranges - 1) / t.ranges * 2 + kPartPieces - 1) / kPartPieces;
-  const int x_bytes = kHeaderBytes + (t.has_table ? kTableBytes : 0) + parts * kPartPieces * kTokens * kRowBytes;
+  const int x_bytes =
+      kHeaderBytes + (t.has_table ? kTableBytes : 0) + parts * kPartPieces * kTokens * kRowBytes;
   const auto bytes = [&] { return x_bytes + (t.ranges - 1) * t.warps * kTokens * 64; };
   t.warps = min(kMaxWarps, (t.units + most - 1) / most);
+  if (t.ranges > 1 && bytes() > kHalfSm) {
+    // A CTA an SM, and clusters lie within a GPC, whose SMs they seldom use up: what does not fit comes in a
+    // second wave.
+    most = max(1, sms * 7 / 8 / t.ranges);
+    t.warps = min(kMaxWarps, (t.units + most - 1) / most);
+  }
   while (t.warps > 1 && bytes() > kSharedBytes) t.warps = (t.warps + 1) / 2;
   const int shared_bytes = bytes();
   if (parts > kMaxParts || shared_bytes > kSharedBytes) return cudaErrorInvalidValue;
@@ -459,12 +474,16 @@ template <typename T, int kTokens>
 cudaError_t by_format(const RunsMatmulParams& p, const QuantRuns& w, int sms, cudaStream_t stream) {
   using enum Codes;
   const int columns = common_columns(w), codes = w.run[0].codes;
-  if (w.scaling == Scaling::half || w.scaling == Scaling::brain) {
-    constexpr auto kPair = Format::pair;
-    if (columns >= 128) return launch_runs<T, kPair, kTokens, 8, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
-    if (columns >= 64) return launch_runs<T, kPair, kTokens, 4, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
-    if (columns >= 32) return launch_runs<T, kPair, kTokens, 2, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
+  if (w.scaling <= Scaling::brain) {
+    constexpr auto kBrief = Format::brief;
+    if (columns >= 128) return launch_runs<T, kBrief, kTokens, 8, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
+    if (columns >= 64) return launch_runs<T, kBrief, kTokens, 4, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
+    if (columns >= 32) return launch_runs<T, kBrief, kTokens, 2, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
     return cudaErrorInvalidValue;
+  }
+  if (w.scaling <= Scaling::brain_zeros) {
+    if (columns < 32) return cudaErrorInvalidValue;
+    return launch_runs<T, Format::zeros, kTokens, 2, i2, i3, i4, i5, i6, i8>(p, w, sms, stream);
   }
   if (w.count != 1) return cudaErrorInvalidValue;
   if (w.scaling == Scaling::single) {

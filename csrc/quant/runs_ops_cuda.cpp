@@ -15,16 +15,18 @@ int64_t bits_of(int64_t codes) {
   return (codes >= 2 && codes <= 6) || codes == 8 ? codes : 0;
 }
 
-// The weight that `runs` describes, int64 on the host: of each run its kind of codes, columns, group size and zero.
+// The weight that `runs` describes, int64 on the host: of each run its kind of codes, columns, group size and
+// zero.
 QuantRuns weight_of(const Tensor& words, const Tensor& scales, const Tensor& runs, int64_t scaling,
                     const std::optional<Tensor>& table, double table_scale, int64_t rows, int64_t columns) {
   check_cuda(words, ScalarType::Int, "words");
   check_cuda(scales, ScalarType::Int, "scales");
-  check(words.is_contiguous() && scales.is_contiguous() && is_aligned(words.const_data_ptr()),
-        "words and scales need to be contiguous, and words to start on 16 bytes");
+  check(words.is_contiguous() && scales.is_contiguous() && is_aligned(words.const_data_ptr()) &&
+            is_aligned(scales.const_data_ptr()),
+        "words and scales need to be contiguous and to start on 16 bytes");
   check_dims(runs, 2, "runs");
   check(scaling >= 0 && scaling <= static_cast<int64_t>(Scaling::zero), "scaling is ", scaling,
-        "; 0 to 4 are known");
+        "; 0 to 6 are known");
   const int64_t count = runs.size(0);
   check(count >= 1 && count <= kMaxRuns, count, " runs of columns; kernels take 1 to ", kMaxRuns);
   check_shape(runs, {count, kRunFields}, "runs");
@@ -36,7 +38,6 @@ QuantRuns weight_of(const Tensor& words, const Tensor& scales, const Tensor& run
   w.columns = static_cast<int>(columns);
   w.table_scale = static_cast<float>(table_scale);
   const int64_t strips = up(rows, kStripRows) / kStripRows;
-  const int64_t kinds = w.scaling == Scaling::offset || w.scaling == Scaling::zero ? 2 : 1;
   const auto* word = static_cast<const uint8_t*>(words.const_data_ptr());
   const auto* scale = static_cast<const uint32_t*>(scales.const_data_ptr());
   int64_t total_words = 0, total_scales = 0, total_columns = 0;
@@ -61,7 +62,7 @@ QuantRuns weight_of(const Tensor& words, const Tensor& scales, const Tensor& run
                 .x_column = static_cast<int>(total_columns)};
     w.blocks += static_cast<int>(blocks);
     total_words += strips * blocks * 256 * bits;
-    total_scales += strips * groups * kinds * kStripRows;
+    total_scales += strips * groups * (kStripRows / 2) * scale_words(w.scaling);
     total_columns += width;
   }
   check(total_columns == columns, "runs have ", total_columns, " columns in all, the matrix ", columns);
@@ -104,16 +105,17 @@ void matmul_runs_cuda(const Tensor& x, const Tensor& words, const Tensor& scales
   const DType dtype = dtype_of(x, "x");
   check(dtype != DType::f32, "x is float32; the product takes float16 and bfloat16");
   const auto matmul = dtype == DType::f16 ? runs_matmul_f16 : runs_matmul_bf16;
-  check_launch(matmul(RunsMatmulParams{.out = out.mutable_data_ptr(),
-                                       .x = x.const_data_ptr(),
-                                       .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
-                                       .residual = residual.has_value() ? residual->const_data_ptr() : nullptr,
-                                       .tokens = static_cast<int>(tokens),
-                                       .out_stride = out.stride(0),
-                                       .x_stride = x.stride(0),
-                                       .residual_stride = residual.has_value() ? residual->stride(0) : 0},
-                      weight, sms, stream_of(x)),
-               "quant_matmul_runs");
+  check_launch(
+      matmul(RunsMatmulParams{.out = out.mutable_data_ptr(),
+                              .x = x.const_data_ptr(),
+                              .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
+                              .residual = residual.has_value() ? residual->const_data_ptr() : nullptr,
+                              .tokens = static_cast<int>(tokens),
+                              .out_stride = out.stride(0),
+                              .x_stride = x.stride(0),
+                              .residual_stride = residual.has_value() ? residual->stride(0) : 0},
+             weight, sms, stream_of(x)),
+      "quant_matmul_runs");
 #else
   check(false, "quant_matmul_runs was not built: this build has no code for Hopper (TGI_CUDA_ARCHS=90a)");
 #endif
@@ -122,9 +124,9 @@ void matmul_runs_cuda(const Tensor& x, const Tensor& words, const Tensor& scales
 void dequantise_runs_cuda(const Tensor& words, const Tensor& scales, const Tensor& runs, int64_t scaling,
                           const std::optional<Tensor>& table, const Tensor& out) {
   check_dims(out, 2, "out");
-  check(out.is_cuda() && out.is_contiguous(), "out needs to be contiguous, on a CUDA device");
-  const QuantRuns weight =
-      weight_of(words, scales, runs, scaling, table, 1.0, out.size(0), out.size(1));
+  check(out.is_cuda() && out.is_contiguous() && is_aligned(out.const_data_ptr()),
+        "out needs to be contiguous and to start on 16 bytes, on a CUDA device");
+  const QuantRuns weight = weight_of(words, scales, runs, scaling, table, 1.0, out.size(0), out.size(1));
   check_launch(runs_dequantise(weight, out.mutable_data_ptr(), dtype_of(out, "out"), stream_of(out)),
                "quant_dequantise_runs");
 }

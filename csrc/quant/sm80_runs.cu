@@ -28,36 +28,54 @@ __device__ __forceinline__ float value_of(const uint32_t* words, int slot, int e
   }
 }
 
-// A weight of its code's value and the words of its row and group, rounded to fp32.
-__device__ __forceinline__ float weight_of(float value, uint32_t scale, uint32_t shift, Scaling scaling, int zero) {
+// What two rows of a group are scaled and shifted by.
+struct Scales {
+  float scale[2], shift[2];
+};
+
+__device__ __forceinline__ Scales scales_of(const uint32_t* words, Scaling scaling, int zero) {
+  const float all = static_cast<float>(zero);
   switch (scaling) {
     case Scaling::half:
-      return (value - static_cast<float>(scale >> 16)) * scale_of<__half>(scale);
+      return {{scale_of<__half>(words[0]), scale_of<__half>(words[0] >> 16)}, {all, all}};
     case Scaling::brain:
-      return (value - static_cast<float>(scale >> 16)) * scale_of<__nv_bfloat16>(scale);
+      return {{scale_of<__nv_bfloat16>(words[0]), scale_of<__nv_bfloat16>(words[0] >> 16)}, {all, all}};
+    case Scaling::half_zeros:
+      return {{scale_of<__half>(words[0]), scale_of<__half>(words[1])},
+              {static_cast<float>(words[0] >> 16), static_cast<float>(words[1] >> 16)}};
+    case Scaling::brain_zeros:
+      return {{scale_of<__nv_bfloat16>(words[0]), scale_of<__nv_bfloat16>(words[1])},
+              {static_cast<float>(words[0] >> 16), static_cast<float>(words[1] >> 16)}};
     case Scaling::single:
-      return (value - static_cast<float>(zero)) * __uint_as_float(scale);
-    case Scaling::offset:
-      return fmaf(value, __uint_as_float(scale), __uint_as_float(shift));
+      return {{__uint_as_float(words[0]), __uint_as_float(words[1])}, {all, all}};
     default:
-      return (value - __uint_as_float(shift)) * __uint_as_float(scale);
+      return {{__uint_as_float(words[0]), __uint_as_float(words[1])},
+              {__uint_as_float(words[2]), __uint_as_float(words[3])}};
   }
 }
 
 constexpr int kTileRow = kBlock + 8;  // elements; the rows of a store's lanes begin in banks of their own
 
-// A block widens 128 columns of one strip, as the four warps of a product would, and stores rows of them at once.
+// A block widens 128 columns of one strip, as the four warps of a product would, and stores rows of them at
+// once.
 template <typename T, Codes kCodes>
-__global__ void dequantise_kernel(const __grid_constant__ QuantRuns w, int number, T* out /* [rows, columns] */) {
+__global__ void dequantise_kernel(const __grid_constant__ QuantRuns w, int number,
+                                  T* out /* [rows, columns] */) {
   using Two = typename TwoOf<T>::type;
   constexpr int kWords = 2 * kBitsOf<kCodes>, kLoads = kWords / 4;
   __shared__ __align__(16) T tile[kStrip * kTileRow];
+  __shared__ float table[16];  // constant memory answers one address at a time
+  if constexpr (kCodes == Codes::table) {
+    if (threadIdx.x < 16) table[threadIdx.x] = w.table[threadIdx.x];
+    __syncthreads();
+  }
   const QuantRun& run = w.run[number];
   const int strip = blockIdx.y, block = blockIdx.x, lane = threadIdx.x % 32;
   const int row = threadIdx.x / 32 * 16 + lane / 4;
   wait_for_previous();
   let_next_start();
-  const uint8_t* from = run.words + (static_cast<int64_t>(strip) * gridDim.x + block) * (1024 * kBitsOf<kCodes>);
+  const uint8_t* from =
+      run.words + (static_cast<int64_t>(strip) * gridDim.x + block) * (1024 * kBitsOf<kCodes>);
   uint32_t words[kWords];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
@@ -68,24 +86,26 @@ __global__ void dequantise_kernel(const __grid_constant__ QuantRuns w, int numbe
     const uint2 two = *reinterpret_cast<const uint2*>(from + kLoads * 2048 + threadIdx.x * 8);
     words[4 * kLoads] = two.x, words[4 * kLoads + 1] = two.y;
   }
-  const int kinds = w.scaling == Scaling::offset || w.scaling == Scaling::zero ? 2 : 1;
-  const uint32_t* scales = run.scales + (static_cast<int64_t>(strip) * run.groups * kStrip + row) * kinds;
+  const int pair_words = scale_words(w.scaling);
+  const uint32_t* scales =
+      run.scales + (static_cast<int64_t>(strip) * run.groups * (kStrip / 2) + threadIdx.x / 4) * pair_words;
+  const bool has_offset = w.scaling == Scaling::offset;
 #pragma unroll
   for (int step = 0; step < 8; ++step) {
     const int group = (block * kBlock + step * 16) / run.group_size;
+    const Scales by = scales_of(scales + group * (kStrip / 2) * pair_words, w.scaling, run.zero);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t* own = scales + (group * kStrip + 8 * h) * kinds;
-      const uint32_t scale = own[0], shift = kinds > 1 ? own[1] : 0u;
+    for (int i = 0; i < 4; ++i) {
+      const int h = i % 2, c = i / 2;
+      T weight[2];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int slot = step * 4 + 2 * c + h;
-        const float first = value_of<kCodes>(words, slot, 0, w.table);
-        const float second = value_of<kCodes>(words, slot, 1, w.table);
-        const Two both = {from_float<T>(weight_of(first, scale, shift, w.scaling, run.zero)),
-                          from_float<T>(weight_of(second, scale, shift, w.scaling, run.zero))};
-        *reinterpret_cast<Two*>(tile + (row + 8 * h) * kTileRow + step * 16 + 8 * c + lane % 4 * 2) = both;
+      for (int e = 0; e < 2; ++e) {
+        const float value = value_of<kCodes>(words, step * 4 + i, e, table);
+        weight[e] = from_float<T>(has_offset ? fmaf(value, by.scale[h], by.shift[h])
+                                             : (value - by.shift[h]) * by.scale[h]);
       }
+      *reinterpret_cast<Two*>(tile + (row + 8 * h) * kTileRow + step * 16 + 8 * c + lane % 4 * 2) = {
+          weight[0], weight[1]};
     }
   }
   __syncthreads();

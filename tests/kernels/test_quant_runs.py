@@ -15,6 +15,8 @@ from tgi_kernels.quant_weight import QuantWeight, table
 KINDS: list[Kind] = [
     *((bits, torch.float16, "integer", "zeros") for bits in range(2, 9)),
     (3, torch.bfloat16, "integer", "zeros"),
+    *((bits, torch.float16, "integer", "one zero") for bits in (3, 8)),
+    (5, torch.bfloat16, "integer", "one zero"),
     (6, torch.float32, "integer", "one zero"),
     (4, torch.float32, "integer", "zeros"),
     (5, torch.float32, "integer", "offsets"),
@@ -84,19 +86,25 @@ def blocks_of(packed: PackedRuns) -> list[Tensor]:
 def dense_of(packed: PackedRuns) -> Tensor:
     """The matrix in float64, of codes and scales where they lie."""
     strips, at, parts = -(-packed.out_features // STRIP), 0, []
-    count = 2 if packed.scaling > 2 else 1
+    count = (1, 1, 2, 2, 2, 4, 4)[packed.scaling]
     for codes, (kind, columns, size, zero) in zip(blocks_of(packed), packed.runs.tolist(), strict=True):
         groups = -(-codes.shape[1] // size)
-        own = packed.scales[at : at + strips * groups * count * STRIP].view(strips, groups, STRIP, count)
+        own = packed.scales[at : at + strips * groups * 32 * count].view(strips, groups, 4, 8, count)
         at += own.numel()
-        one = own[..., 0].transpose(1, 2).flatten(0, 1).contiguous()
+        dtype = (torch.float16, torch.bfloat16)[packed.scaling % 2]
+        shifts = torch.full((strips, groups, 4, 8, 2), float(zero)).double()
         if packed.scaling < 2:
-            dtype = (torch.float16, torch.bfloat16)[packed.scaling]
-            scale, shift = one.short().view(dtype).double(), (one >> 16).double()
+            scales = torch.stack([own[..., 0].short(), (own[..., 0] >> 16).short()], -1).view(dtype).double()
+        elif packed.scaling < 4:
+            scales, shifts = own.short().view(dtype).double(), (own >> 16).double()
         else:
-            scale, shift = one.view(torch.float32).double(), torch.full(one.shape, float(zero)).double()
-            if count == 2:
-                shift = own[..., 1].transpose(1, 2).flatten(0, 1).contiguous().view(torch.float32).double()
+            scales = own[..., :2].contiguous().view(torch.float32).double()
+            if count == 4:
+                shifts = own[..., 2:].contiguous().view(torch.float32).double()
+        # strips, groups, quarters, g, h to rows and groups
+        scale, shift = (
+            part.permute(0, 2, 4, 3, 1).reshape(strips * STRIP, groups) for part in (scales, shifts)
+        )
         values = codes.double()
         if kind == 17:
             values = table("e4m3").double()[codes]
@@ -104,7 +112,7 @@ def dense_of(packed: PackedRuns) -> Tensor:
             values = packed.table.double()[codes]
         group = torch.arange(columns) // size
         values, scale, shift = values[:, :columns], scale[:, group], shift[:, group]
-        parts.append(values * scale + shift if packed.scaling == 3 else (values - shift) * scale)
+        parts.append(values * scale + shift if packed.scaling == 5 else (values - shift) * scale)
     assert at == len(packed.scales)
     return torch.cat(parts, 1)[: packed.out_features]
 
@@ -120,13 +128,13 @@ def test_a_packed_weight_is_the_one_it_was_made_of(noise: torch.Generator, kind:
 def test_runs_of_several_widths_lie_one_after_another(noise: torch.Generator) -> None:
     parts = [
         random_weight(noise, (96, 70, 32), 8, shift="one zero"),
-        random_weight(noise, (160, 70, 32), 5),
-        random_weight(noise, (320, 70, 64), 3),
+        random_weight(noise, (160, 70, 32), 5, shift="one zero"),
+        random_weight(noise, (320, 70, 64), 3, shift="one zero"),
     ]
     packed = pack_runs(Segments(tuple(parts)), torch.float16)
     assert torch.equal(dense_of(packed), torch.cat([exact(part) for part in parts], 1))
     kind = QuantKind(4, 32, is_mixed=True)
-    assert packed_bytes(kind, 64, 1024, on_gpu=True) == 64 * 1024 // 2 + 64 * 32 * 4
+    assert packed_bytes(kind, 64, 1024, on_gpu=True) == 64 * 1024 // 2 + 64 * 32 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

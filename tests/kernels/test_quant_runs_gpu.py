@@ -42,7 +42,11 @@ def on_gpu(weight: QuantWeight | Segments, dtype: torch.dtype) -> PackedRuns:
 
 
 def segments(noise: torch.Generator, mix: tuple[tuple[int, int, int], ...], rows: int) -> Segments:
-    return Segments(tuple(random_weight(noise, (columns, rows, size), bits) for bits, columns, size in mix))
+    return Segments(
+        tuple(
+            random_weight(noise, (columns, rows, size), bits, shift="one zero") for bits, columns, size in mix
+        )
+    )
 
 
 def check(packed: PackedRuns, dense: Tensor, exactly: Tensor) -> None:
