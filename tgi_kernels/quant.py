@@ -34,6 +34,8 @@ def pack_quant(weight: QuantWeight | Segments, dtype: torch.dtype = torch.float3
     """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
 
     dtype: of activations; on CPUs float32. Raises ValueError for what the kernels cannot hold.
+    On GPUs integers of 4 and 8 bits have the kernels that keep bits for any number of tokens; `runs_matmul`, for all
+    else, keeps them up to 64.
     """
     if isinstance(weight, Segments):
         return pack_runs(weight, dtype)
@@ -56,9 +58,8 @@ def quant_linear(
     x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features]; residual: like y, may be
     out; both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given.
     Returns out.
-    On CPUs the bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns
-    and those of x are in the order of the codes: for any number of tokens and threads. `quant_matmul` and
-    `runs_matmul` say what they are on GPUs.
+    Bits are the same for any number of tokens and threads. On CPUs they are those of `matmul.linear` with the matrix
+    that `dequantise` gives in x's dtype, if its columns and those of x are in the order of the codes.
     """
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")

@@ -56,7 +56,7 @@ def dequantised_on_load(folder: Path, name: str) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("case", [*STORED, "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8"])
+@pytest.mark.parametrize("case", [*STORED, "bitsandbytes-nf4", "bitsandbytes-fp4"])
 def test_logprobs_are_as_near_as_those_of_transformers_in_bf16(
     llama: Path, tmp_path: Path, case: str
 ) -> None:
