@@ -24,7 +24,7 @@ pytestmark = [
 DTYPES = [torch.float16, torch.bfloat16]
 TOKENS = (1, 7, 8, 9, 16, 17, 40, FEW_TOKENS)
 # in_features, out_features, group size
-SHAPES = [(64, 5, 64), (96, 70, 16), (320, 130, 32), (768, 2100, 64), (1536, 96, 128), (14336, 64, 128)]
+SHAPES = [(64, 5, 64), (96, 70, 16), (320, 130, 32), (768, 300, 64), (8192, 64, 128)]
 # Of each run its bits, columns and group size.
 MIXES = [
     ((5, 384, 128), (4, 3328, 128), (3, 384, 128)),
@@ -84,7 +84,7 @@ def test_a_product_is_nearer_to_float64_than_that_of_the_rounded_matrix(
 def test_runs_of_columns_are_summed_in_fp32(
     noise: torch.Generator, mix: tuple[tuple[int, int, int], ...], dtype: torch.dtype
 ) -> None:
-    for rows in (70, 4096):
+    for rows in (70, 1100):
         matrix = segments(noise, mix, rows)
         exactly = torch.cat([exact(part) for part in matrix.parts], 1)
         check(on_gpu(matrix, dtype), dequantise_segments(matrix, dtype), exactly)
