@@ -17,7 +17,7 @@ from tgi_kernels._library import ops
 from tgi_kernels.hopper_matmul import takes
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_kernels.quant_segments import Segments
-from tgi_kernels.quant_size import MAX_RUNS, Scaling, scaling_of, stored_bits
+from tgi_kernels.quant_size import MAX_COLUMNS, MAX_RUNS, Scaling, scaling_of, stored_bits
 from tgi_kernels.quant_weight import QuantWeight, table
 
 STRIP: Final = 64  # rows that lie together
@@ -137,6 +137,8 @@ def _misfit(weight: QuantWeight | Segments) -> str | None:
     parts = _parts(weight)
     if len(parts) > MAX_RUNS:
         return f"{len(parts)} runs of columns; GPUs take {MAX_RUNS}"
+    if (columns := sum(part.codes.shape[1] for part in parts)) > MAX_COLUMNS:
+        return f"{columns} columns; GPUs take {MAX_COLUMNS}"
     scalings = {_scaling(part) for part in parts}
     if None in scalings:
         return "groups that are no multiple of 16 columns, or a table's numbers and offsets"
@@ -144,10 +146,12 @@ def _misfit(weight: QuantWeight | Segments) -> str | None:
         return f"runs of columns that are scaled in different ways, or in fp32: {sorted(map(str, scalings))}"
     if any(part.codes.shape[1] % 32 for part in parts[:-1]):
         return f"runs of {[part.codes.shape[1] for part in parts]} columns; GPUs take multiples of 32"
-    if parts[0].values == "e4m3":
-        bad = int(((parts[0].codes & _NAN) == _NAN).sum())
-        return f"{bad} of {parts[0].codes.numel()} codes are NaN" if bad else None
-    return None
+    return _nan_codes(parts[0])
+
+
+def _nan_codes(weight: QuantWeight) -> str | None:
+    bad = int(((weight.codes & _NAN) == _NAN).sum()) if weight.values == "e4m3" else 0
+    return f"{bad} of {weight.codes.numel()} codes are NaN" if bad else None
 
 
 def _scaling(weight: QuantWeight) -> Scaling | None:

@@ -16,6 +16,7 @@ _CPU_TABLE_BYTES: Final = 64
 _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
 _GPU_BLOCK: Final = 128  # columns that lie together, beside pieces
 MAX_RUNS: Final = 8  # of columns of different widths, on GPUs
+MAX_COLUMNS: Final = 80 * 1024  # of x, an eighth of which shared memory holds for 8 tokens
 # How weights are scaled on GPUs, see csrc/quant/runs.h.
 Scaling = Literal["half", "brain", "half_zeros", "brain_zeros", "single", "offset", "zero"]
 
@@ -87,7 +88,7 @@ def scaling_of(
     is_brain: bool = False,
 ) -> Scaling | None:
     """How GPUs scale a weight of any kind in groups of `size` columns; None: not at all."""
-    if (size % 16 and size != columns) or (has_offsets and values != "integer"):
+    if (size % 16 and size != columns) or (has_offsets and values != "integer") or columns > MAX_COLUMNS:
         return None
     if has_offsets:
         return "offset"

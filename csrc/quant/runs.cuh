@@ -504,9 +504,11 @@ cudaError_t by_format(const RunsMatmulParams& p, const QuantRuns& w, int sms, cu
 
 template <typename T>
 cudaError_t runs_matmul_of(const RunsMatmulParams& params, const QuantRuns& w, int sms, cudaStream_t stream) {
-  for (int first = 0; first < params.tokens; first += 16) {
+  // 16 tokens' x of a range fills shared memory where columns are many.
+  const int slab = w.blocks * 2 > 5 * kPartPieces * kMaxRanges ? 8 : 16;
+  for (int first = 0; first < params.tokens; first += slab) {
     RunsMatmulParams p = params;
-    p.tokens = min(16, params.tokens - first);
+    p.tokens = min(slab, params.tokens - first);
     p.x = static_cast<const T*>(params.x) + first * params.x_stride;
     p.out = static_cast<T*>(params.out) + first * params.out_stride;
     if (params.residual != nullptr)

@@ -158,7 +158,11 @@ def test_what_gpus_cannot_hold_is_refused_with_the_reason(noise: torch.Generator
     mixed = Segments(
         (random_weight(noise, (32, 8, 32), 4), random_weight(noise, (32, 8, 32), 4, torch.float32))
     )
+    wide = QuantWeight(
+        torch.zeros(1, 81936, dtype=torch.uint8), torch.ones(1, 1), None, 81936, 4, values="nf4"
+    )
     refused: list[tuple[QuantWeight | Segments, str]] = [
+        (wide, "81936 columns; GPUs take 81920"),
         (groups, "no multiple of 16"),
         (nan, "1 of 96 codes are NaN"),
         (many, "9 runs of columns; GPUs take 8"),

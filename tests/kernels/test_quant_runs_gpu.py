@@ -11,6 +11,7 @@ from tests.kernels.test_quant import Kind, exact, random_weight
 from tests.kernels.test_quant_runs import KINDS
 from tgi_kernels.quant_runs import FEW_TOKENS, PackedRuns, dequantise_runs, pack_runs, runs_matmul
 from tgi_kernels.quant_segments import Segments, dequantise_segments
+from tgi_kernels.quant_size import MAX_COLUMNS
 from tgi_kernels.quant_weight import QuantWeight, Values, dequantise
 
 pytestmark = [
@@ -135,6 +136,13 @@ def test_rows_that_the_copy_engine_cannot_take_are_multiplied_all_the_same(noise
     packed, x = on_gpu(weight, torch.bfloat16), random(9, 75, dtype=torch.bfloat16)
     want = x.double().cpu() @ exact(weight).T
     torch.testing.assert_close(runs_matmul(x, packed).double().cpu(), want, rtol=0.01, atol=0.02)
+
+
+def test_the_widest_matrix_is_multiplied(noise: torch.Generator) -> None:
+    weight = random_weight(noise, (MAX_COLUMNS, 16, 128), 4, torch.float32, "nf4", "nothing")
+    packed, x = on_gpu(weight, torch.bfloat16), random(16, MAX_COLUMNS, dtype=torch.bfloat16)
+    want = x.double().cpu() @ exact(weight).T
+    assert (runs_matmul(x, packed).double().cpu() - want).norm() < 0.01 * want.norm()
 
 
 def test_a_product_is_captured_in_a_graph(noise: torch.Generator) -> None:
