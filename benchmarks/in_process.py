@@ -172,7 +172,7 @@ def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> In
     weights = (
         DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
     )
-    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype)
+    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype, config.quantize)
     wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
     gc.collect()

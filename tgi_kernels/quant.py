@@ -11,25 +11,37 @@ from tgi_kernels.activation import Gate
 from tgi_kernels.matmul import GATED
 from tgi_kernels.quant_cpu import PackedCpu, fits_cpu, pack_cpu
 from tgi_kernels.quant_cuda import PackedCuda, fits_cuda, pack_cuda, quant_matmul
+from tgi_kernels.quant_runs import PackedRuns, fits_runs, pack_runs, runs_matmul
+from tgi_kernels.quant_segments import Segments
 from tgi_kernels.quant_weight import QuantWeight
 
-register_fakes("quant_linear", "quant_matmul", "quant_dequantise")
+register_fakes(
+    "quant_linear", "quant_matmul", "quant_dequantise", "quant_matmul_runs", "quant_dequantise_runs"
+)
 
-PackedQuant = PackedCpu | PackedCuda
+PackedQuant = PackedCpu | PackedCuda | PackedRuns
 GATES: tuple[Gate | None, ...] = (None, "silu", "gelu", "gelu_tanh")  # in the order of csrc/quant/ops.cpp
 
 
-def fits_kernels(weight: QuantWeight) -> bool:
+def fits_kernels(weight: QuantWeight | Segments) -> bool:
     """Whether `pack_quant` takes it on its device; another has to be multiplied as the dense matrix it stands for."""
-    return fits_cuda(weight) if weight.codes.is_cuda else fits_cpu(weight)
+    if isinstance(weight, Segments):
+        return weight.parts[0].codes.is_cuda and fits_runs(weight)
+    return fits_cuda(weight) or fits_runs(weight) if weight.codes.is_cuda else fits_cpu(weight)
 
 
-def pack_quant(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> PackedQuant:
+def pack_quant(weight: QuantWeight | Segments, dtype: torch.dtype = torch.float32) -> PackedQuant:
     """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
 
     dtype: of activations; on CPUs float32. Raises ValueError for what the kernels cannot hold.
+    On GPUs integers of 4 and 8 bits have the kernels that keep bits for any number of tokens; `runs_matmul`, for all
+    else, keeps them up to 64.
     """
-    return pack_cuda(weight, dtype) if weight.codes.is_cuda else pack_cpu(weight)
+    if isinstance(weight, Segments):
+        return pack_runs(weight, dtype)
+    if not weight.codes.is_cuda:
+        return pack_cpu(weight)
+    return pack_cuda(weight, dtype) if fits_cuda(weight) else pack_runs(weight, dtype)
 
 
 def quant_linear(
@@ -46,14 +58,13 @@ def quant_linear(
     x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features]; residual: like y, may be
     out; both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given.
     Returns out.
-    The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
-    those of x are in the order of the codes: for any number of tokens and threads.
+    Bits are the same for any number of tokens and threads. On CPUs they are those of `matmul.linear` with the matrix
+    that `dequantise` gives in x's dtype, if its columns and those of x are in the order of the codes.
     """
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
-    if isinstance(packed, PackedCuda):
-        product = quant_matmul(x, packed, bias, residual=residual, out=out if gate is None else None)
-        return product if gate is None else GATED[gate](product, out)
+    if not isinstance(packed, PackedCpu):
+        return _linear_cuda(x, packed, bias, residual, gate, out)
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     width = packed.out_features if gate is None else _half(packed.out_features)
@@ -82,6 +93,22 @@ def quant_linear(
         _check_out(out, x, width)
         raise
     return out
+
+
+def _linear_cuda(
+    x: Tensor,
+    packed: PackedCuda | PackedRuns,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Gate | None,
+    out: Tensor | None,
+) -> Tensor:
+    to = out if gate is None else None
+    if isinstance(packed, PackedCuda):
+        product = quant_matmul(x, packed, bias, residual=residual, out=to)
+    else:
+        product = runs_matmul(x, packed, bias, residual=residual, out=to)
+    return product if gate is None else GATED[gate](product, out)
 
 
 def _half(columns: int) -> int:

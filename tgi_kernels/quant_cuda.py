@@ -32,10 +32,11 @@ class PackedCuda:
 
 
 def fits_cuda(weight: QuantWeight) -> bool:
-    """Whether `pack_cuda` takes it."""
+    """Whether it has 4 or 8 bits, and `pack_cuda` takes it."""
     in_features = weight.codes.shape[1]
     return (
-        weight.zeros is not None
+        weight.bits in (4, 7, 8)
+        and weight.zeros is not None
         and weight.scales.dtype != torch.float32
         and (weight.group_size % 16 == 0 or weight.group_size == in_features)
     )

@@ -20,6 +20,11 @@ _CPU_TABLE_BYTES: Final = 64
 _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
 _FP8_BLOCK: Final = 128  # rows and columns that share a scale
 _FP8_VECTOR: Final = 16  # columns
+_GPU_BLOCK: Final = 128  # columns that lie together, beside pieces
+MAX_RUNS: Final = 8  # of columns of different widths, on GPUs
+MAX_COLUMNS: Final = 80 * 1024  # of x, an eighth of which shared memory holds for 8 tokens
+# How weights are scaled on GPUs, see csrc/quant/runs.h.
+Scaling = Literal["half", "brain", "half_zeros", "brain_zeros", "single", "offset", "zero"]
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,64 @@ def _cpu_bytes(kind: QuantKind, rows: int, columns: int) -> int:
     return panels * _CPU_PANEL * round(runs * 4 * bits + groups * (kind.scale_bytes + shift_bytes))
 
 
+def stored_bits(bits: int) -> int:
+    """Bits that a code takes on GPUs."""
+    return 8 if bits == 7 else bits
+
+
+def takes_pieces(kind: QuantKind, columns: int) -> bool:
+    """Whether GPUs multiply such a weight by the kernels for 4 and 8 bits, see quant_cuda."""
+    size = kind.size(columns)
+    return (
+        not kind.is_mixed
+        and kind.bits in (4, 7, 8)
+        and kind.zeros != "none"
+        and kind.scale_bytes == 2
+        and (size % 16 == 0 or size == columns)
+    )
+
+
+def scaling_of(
+    values: Values,
+    zeros: Literal["none", "one", "many"],
+    scale_bytes: int,
+    size: int,
+    columns: int,
+    *,
+    has_offsets: bool,
+    is_brain: bool = False,
+) -> Scaling | None:
+    """How GPUs scale a weight of any kind in groups of `size` columns; None: not at all."""
+    if (size % 16 and size != columns) or (has_offsets and values != "integer") or columns > MAX_COLUMNS:
+        return None
+    if has_offsets:
+        return "offset"
+    if zeros != "none" and scale_bytes == 2 and (size % 32 == 0 or size == columns):
+        if zeros == "one":
+            return "brain" if is_brain else "half"
+        return "brain_zeros" if is_brain else "half_zeros"
+    return "zero" if zeros == "many" else "single"
+
+
 def _gpu_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:
     size = kind.size(columns)
     if kind.inputs != "exact" and (packed := _fp8_bytes(kind, rows, columns)) is not None:
         return packed
-    if kind.is_mixed or kind.zeros == "none" or kind.scale_bytes != 2 or (size % 16 and size != columns):
-        return None
-    bits = 4 if kind.bits <= 4 else 8
     strips, pieces = -(-rows // _GPU_EDGE), -(-columns // _GPU_EDGE)
-    groups = 1 if size == columns else -(-pieces * _GPU_EDGE // size)
-    return strips * _GPU_EDGE * (pieces * _GPU_EDGE * bits // 8 + 4 * groups)
+    if takes_pieces(kind, columns):
+        groups = 1 if size == columns else -(-pieces * _GPU_EDGE // size)
+        whole = 4 if kind.bits == 4 else 8
+        return strips * _GPU_EDGE * (pieces * _GPU_EDGE * whole // 8 + 4 * groups)
+    scaling = scaling_of(
+        kind.values, kind.zeros, kind.scale_bytes, size, columns, has_offsets=kind.offset_bytes > 0
+    )
+    if scaling is None:
+        return None
+    filled = -(-columns // _GPU_BLOCK) * _GPU_BLOCK
+    groups = 1 if size == columns else -(-filled // size)
+    bits = kind.bits if kind.is_mixed else stored_bits(round(kind.bits))
+    scale_bytes = 2 if scaling in ("half", "brain") else 8 if scaling in ("offset", "zero") else 4
+    return strips * _GPU_EDGE * (round(filled * bits / 8) + scale_bytes * groups)
 
 
 def _fp8_bytes(kind: QuantKind, rows: int, columns: int) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tgi_kernels.quant_size import takes_pieces
 from tgi_server.config import PAGE_TOKENS, ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.quantization.contents import Contents
@@ -140,6 +141,8 @@ def plan_memory(
     kv_heads = kv_heads_of(model, ranks)
     weights = weights_bytes(model, contents, ranks, on_gpu=on_gpu)
     activations = _activation_bytes(model, asked, ranks, on_gpu) + _table_bytes(model, asked)
+    if on_gpu:
+        activations += _widened_bytes(model, contents, ranks)
     graphs = _graph_count(asked.sequences) * _GRAPH_BYTES if on_gpu else 0
     reserve = _CPU_PROCESSES_BYTES
     if on_gpu:
@@ -176,6 +179,14 @@ def _activation_bytes(model: ModelConfig, asked: Asked, ranks: int, on_gpu: bool
     mlp = 3 * model.hidden_size + 3 * inner
     values = asked.batch_tokens * max(attention, mlp) + 3 * asked.sequences * model.vocab_size
     return values * (2 if on_gpu else 4)
+
+
+def _widened_bytes(model: ModelConfig, contents: Contents, ranks: int) -> int:
+    """The largest matrix of a block in 16 bits, where kernels of many tokens multiply no other."""
+    kind = contents.declared
+    if kind is None or takes_pieces(kind, model.hidden_size):
+        return 0
+    return 2 * 2 * -(-model.intermediate_size // ranks) * model.hidden_size
 
 
 def _graph_count(sequences: int) -> int:

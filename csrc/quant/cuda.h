@@ -36,6 +36,9 @@ struct QuantMatmulParams {
 // 16, or there is one group.
 cudaError_t quant_matmul(const QuantMatmulParams& params, DType dtype, cudaStream_t stream);
 
+// The same for up to 16 tokens; see sm90_few.cu for how sums are cut. `sms` is the device's.
+cudaError_t quant_matmul_few(const QuantMatmulParams& params, DType dtype, int sms, cudaStream_t stream);
+
 // out: [rows, columns], contiguous: the dense matrix, each weight rounded once to `dtype`.
 cudaError_t quant_dequantise(const QuantMatrix& weight, void* out, DType dtype, cudaStream_t stream);
 

@@ -8,4 +8,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "quant_dequantise(Tensor words, Tensor pairs, int bits, int group_size, bool half_scales, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "quant_matmul_runs(Tensor x, Tensor words, Tensor scales, Tensor runs, int scaling, Tensor? table, "
+      "float table_scale, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def(
+      "quant_dequantise_runs(Tensor words, Tensor scales, Tensor runs, int scaling, Tensor? table, "
+      "Tensor(a!) out) -> ()");
 }

@@ -598,6 +598,7 @@ cudaError_t quant_matmul(const QuantMatmulParams& p, DType dtype, cudaStream_t s
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
+  if (p.tokens <= 16) return quant_matmul_few(p, dtype, sms, stream);
   const Shape shape = shape_for(p.tokens, (p.weight.rows + kStrip - 1) / kStrip, sms);
   return by_operand_and_scale(dtype, p.weight.scale_dtype, [&]<typename T, typename S>() {
     return by_at_least<8, 16, 32, 64, 128, 256>(shape.tokens, [&]<int kTokens>() {

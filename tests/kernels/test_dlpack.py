@@ -23,6 +23,7 @@ from tgi_kernels import (
     norm,
     quant,
     quant_cuda,
+    quant_runs,
     rope,
     sampling,
     step,
@@ -97,6 +98,8 @@ def calls(device: str) -> Iterator[Call]:
     yield quant.quant_linear, [x, packed], {"bias": floats(device, 96)}
     if isinstance(packed, quant_cuda.PackedCuda):
         yield quant_cuda.quant_matmul, [x, packed], {"residual": floats(device, 3, 96)}
+        runs = quant_runs.pack_runs(few_bits, x.dtype)
+        yield quant_runs.runs_matmul, [x, runs], {"residual": floats(device, 3, 96)}
     yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
@@ -112,7 +115,7 @@ def calls(device: str) -> Iterator[Call]:
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
     "pack_linear", "pack_quant", "pack_cuda", "pack_cpu", "dequantise_packed", "fits_kernels", "fits_cuda",
-    "fits_cpu", "has_fused_product",
+    "fits_cpu", "has_fused_product", "pack_runs", "fits_runs", "dequantise_runs",
     "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 _NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
@@ -199,7 +202,7 @@ def test_no_public_op_is_left_out() -> None:
 
 ON_GPUS_ALONE = (
     "attention_prefill", "attention_decode", "skinny_matmul", "gemm", "matmul", "decode_inputs", "keep_ids",
-    "quant_matmul",
+    "quant_matmul", "runs_matmul",
 )  # fmt: skip
 
 

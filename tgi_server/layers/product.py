@@ -11,8 +11,9 @@ from torch import Tensor
 from tgi_kernels.activation import Gate
 from tgi_kernels.fp8 import fits_fp8, fp8_linear, pack_fp8
 from tgi_kernels.matmul import GATED, linear, pack_linear
-from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cuda import has_fused_product
+from tgi_kernels.quant_runs import FEW_TOKENS, PackedRuns
 from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
 from tgi_server.layers.ending import Ending
@@ -54,10 +55,9 @@ class Dense:
 class Quantised:
     """A matrix of a few bits that kernels take."""
 
-    def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
-        is_fused = weights.device.type == "cpu" or has_fused_product(weights.device)
-        self.kind = f"{_unrounded(weights, matrix)} · {'fused' if is_fused else 'widened for each product'}"
+    def __init__(self, weights: Weights, matrix: QuantWeight | Segments) -> None:
         self.packed = pack_quant(matrix, weights.dtype)
+        self.kind = f"{_unrounded(weights, matrix)} · {_way(weights.device, self.packed)}"
 
     def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return quant_linear(x, self.packed, bias, **ending)
@@ -139,10 +139,17 @@ def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product
     return Dense(weights, [dequantise(whole, weights.dtype)], _unrounded(weights, whole))
 
 
-def _unrounded(weights: Weights, matrix: QuantWeight) -> str:
+def _unrounded(weights: Weights, matrix: QuantWeight | Segments) -> str:
     """The format of a matrix whose inputs stay as they are."""
-    note = "" if matrix.inputs == "exact" else ", activations not rounded"
+    note = "" if isinstance(matrix, Segments) or matrix.inputs == "exact" else ", activations not rounded"
     return _format(weights, matrix) + note
+
+
+def _way(device: torch.device, packed: PackedQuant) -> str:
+    """How it is multiplied."""
+    if device.type != "cpu" and not has_fused_product(device):
+        return "widened for each product"
+    return f"fused up to {FEW_TOKENS} tokens" if isinstance(packed, PackedRuns) else "fused"
 
 
 def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:
@@ -153,6 +160,8 @@ def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:
 
 def _segmented_product(weights: Weights, matrices: Sequence[Segments]) -> Product:
     whole = (stack_segments(matrices) if len(matrices) > 1 else matrices[0]).to(weights.device)
+    if fits_kernels(whole):
+        return Quantised(weights, whole)
     if Segmented.takes(whole):
         return Segmented(weights, whole)
     return Dense(weights, [dequantise_segments(whole, weights.dtype)], _format(weights, whole))

@@ -27,7 +27,7 @@ class Segmented:
 
     @staticmethod
     def takes(matrix: Segments) -> bool:
-        """Whether kernels multiply every run. On GPUs none is: each sum would be rounded to 16 bits."""
+        """Whether kernels multiply every run. On GPUs each sum would be rounded to 16 bits: theirs take all runs."""
         return all(not part.codes.is_cuda and fits_kernels(part) for part in matrix.parts)
 
     def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
