@@ -46,8 +46,8 @@ def quant_linear(
     x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features]; residual: like y, may be
     out; both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given.
     Returns out.
-    The bits are those of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and
-    those of x are in the order of the codes: for any number of tokens and threads.
+    Bits are the same for any number of tokens and threads. On CPUs they are those of `matmul.linear` with the matrix
+    that `dequantise` gives in x's dtype, if its columns and those of x are in the order of the codes.
     """
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
