@@ -1,9 +1,9 @@
-// How the sum of an output is cut, by the weight's shape alone: kernels for few and for many tokens keep to it,
-// so that bits do not depend on the number of tokens.
+// How the sum of an output is cut, by the weight's shape alone: kernels for few and for many tokens keep to
+// it, so that bits do not depend on the number of tokens.
 //
-// A chunk is up to 128 columns of one group: its products are summed in ascending order, k16 step by k16 step,
-// and total = fma(scale, chunk, total). Columns of more than one range have a total each, and these are added in
-// ascending order. Ranges end with whole 128 columns.
+// A chunk is up to 128 columns of one group: its products are summed in ascending order, k16 step by k16
+// step, and total = fma(scale, chunk, total). Columns of more than one range have a total each, and these are
+// added in ascending order. Ranges end with whole 128 columns.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,9 +16,9 @@ namespace tgi {
 
 constexpr int kMaxRanges = 8;
 
-// As many as give each SM of a large GPU 12 warps of 16 rows, but so many that 16 tokens' x of a range fits in
-// shared memory (H200, one token, 4 · 6 · 8 ranges: 14336 x 4096 15.6 · 14.3 · 14.9 µs, 16 tokens 19.3 · 18.4 ·
-// 26.6; 4096 x 4096 7.3 · – · 8.0).
+// As many as give each SM of a large GPU 12 warps of 16 rows, but so many that 16 tokens' x of a range fits
+// in shared memory (H200, one token, 4 · 6 · 8 ranges: 14336 x 4096 15.6 · 14.3 · 14.9 µs, 16 tokens 19.3
+// · 18.4 · 26.6; 4096 x 4096 7.3 · – · 8.0).
 inline int ranges_of(const QuantMatrix& weight) {
   const int units = std::max(1, (weight.rows + 15) / 16), pieces = (weight.columns + 63) / 64;
   return std::max({1, std::min({kMaxRanges, 1536 / units, pieces / 16}), (pieces + 95) / 96});

@@ -1,4 +1,5 @@
-// How codes become operands of tensor core products: whole numbers code − zero, whose sums are scaled in fp32.
+// How codes become operands of tensor core products: whole numbers code − zero, whose sums are scaled in
+// fp32.
 #pragma once
 
 #include "quant/layout.cuh"

@@ -31,15 +31,15 @@ namespace tgi {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
 // d = a · b, plus d where `add`, for 2 · COUNT tokens; the layouts are those of wgmma.cuh.
-#define TGI_PRODUCT_OF(COUNT, N, A0, A1, A2, A3, B, ADD)                                                \
-  template <typename T>                                                                                 \
-  __device__ __forceinline__ void weights_times(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b,  \
-                                                bool add) {                                             \
-    if constexpr (__is_same(T, __half)) {                                                               \
-      TGI_PRODUCT("f16", N, TGI_N##COUNT, A0, A1, A2, A3, B, ADD, TGI_D##COUNT(d, 0));                  \
-    } else {                                                                                            \
-      TGI_PRODUCT("bf16", N, TGI_N##COUNT, A0, A1, A2, A3, B, ADD, TGI_D##COUNT(d, 0));                 \
-    }                                                                                                   \
+#define TGI_PRODUCT_OF(COUNT, N, A0, A1, A2, A3, B, ADD)                                               \
+  template <typename T>                                                                                \
+  __device__ __forceinline__ void weights_times(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b, \
+                                                bool add) {                                            \
+    if constexpr (__is_same(T, __half)) {                                                              \
+      TGI_PRODUCT("f16", N, TGI_N##COUNT, A0, A1, A2, A3, B, ADD, TGI_D##COUNT(d, 0));                 \
+    } else {                                                                                           \
+      TGI_PRODUCT("bf16", N, TGI_N##COUNT, A0, A1, A2, A3, B, ADD, TGI_D##COUNT(d, 0));                \
+    }                                                                                                  \
   }
 
 TGI_PRODUCT_OF(16, "32", "16", "17", "18", "19", "20", "21")

@@ -1,13 +1,14 @@
 // Product of many tokens with weights of 4 or 8 bits on Hopper: weights are the register operand of warpgroup
 // products, widened while the products before them run.
 //
-// A warpgroup has 64 rows of weights. Chunks and ranges of columns are those of chunks.h, so bits are those of the
-// kernel for few tokens. A cluster is one CTA; or two, of neighbouring rows, which share x; or one a range, whose
-// totals the first adds. docs/kernels/quant_matmul.md.
+// A warpgroup has 64 rows of weights. Chunks and ranges of columns are those of chunks.h, so bits are those
+// of the kernel for few tokens. A cluster is one CTA; or two, of neighbouring rows, which share x; or one a
+// range, whose totals the first adds. docs/kernels/quant_matmul.md.
 //
 //   producers:  | words, pairs 0 … s-1 | wait for the previous kernel | x 0 … s-1 | all of s, s+1, … as slots
 //   free |
-//   warpgroup:  | multiply piece p → widen piece p + 1 → wait for the chunk's products → scale | … | ranges | store |
+//   warpgroup:  | multiply 128 columns while the other widens | wait for the products → scale → widen the
+//   next | … | ranges | store |
 #include <algorithm>
 
 #include "common/dispatch.cuh"
@@ -21,275 +22,20 @@
 #include "quant/layout.cuh"
 #include "quant/operands.cuh"
 #include "quant/products.cuh"
+#include "quant/sm90_load.cuh"
+#include "quant/sm90_store.cuh"
 
 namespace tgi {
 namespace {
 
 // ---- device ----
 
-constexpr int kWarpgroup = 128;
-constexpr int kMaxWarpgroups = 2;
-constexpr int kThreads = (kMaxWarpgroups + 1) * kWarpgroup;  // the last are the producers
-// Large blocks need more registers than an even share: the producers give up theirs.
-template <int kTokens>
-constexpr bool kUneven = kTokens > 64;
-constexpr int kRowBytes = 128;      // of a piece of x
-constexpr int kSlotPieces = 2;
-constexpr int kSlotSteps = 8;       // of k16
-constexpr int kMaxSlots = 16;
-constexpr int kHeaderBytes = 1024;  // the barriers; keeps x on the swizzle's 1024 bytes
-
-enum class Cluster { single, shares_x, ranges };
-
-// How one launch cuts its work: a tile is one strip a warpgroup, and a block of tokens.
-struct Tiling {
-  Cluster cluster;
-  int ranks;                           // CTAs of a cluster
-  int warpgroups, strips, row_tiles;   // strips: in all; row_tiles: of a cluster
-  int token_blocks, band;              // of which `band` follow each other
-  int pieces, steps;                   // of all columns: pieces, and slots full of them
-  int ranges, group_steps;             // k16 steps of a group
-  int slots;
-  bool whole;  // columns are whole pieces
-};
-
-// A slot holds two pieces, of which the last may not exist: x [pieces][tokens][128 bytes], then for each
-// warpgroup words, then pairs. Sums come after the slots.
-struct Slots {
-  uint32_t full, empty, told, first, sums;
-  int x, words, pairs, bytes;  // sizes in bytes: words and pairs are of one warpgroup
-
-  template <int kTokens, int kBits, int kGroups>
-  __host__ __device__ __forceinline__ static Slots of(uint32_t shared, const Tiling& t) {
-    Slots s{};
-    s.full = shared;
-    s.empty = s.full + 8 * kMaxSlots;
-    s.told = s.empty + 8 * kMaxSlots;
-    s.first = s.full + kHeaderBytes;
-    s.x = kSlotPieces * kTokens * kRowBytes;
-    s.words = kSlotPieces * kPieceBytes<kBits>;
-    s.pairs = kGroups * kPairsBytes;
-    s.bytes = (s.x + t.warpgroups * (s.words + s.pairs) + 1023) / 1024 * 1024;
-    s.sums = s.first + t.slots * s.bytes;
-    return s;
-  }
-  __device__ __forceinline__ uint32_t at(int slot) const { return first + slot * bytes; }
-  __device__ __forceinline__ uint32_t words_of(int slot, int warpgroup) const {
-    return at(slot) + x + warpgroup * words;
-  }
-  __device__ __forceinline__ uint32_t pairs_of(int slot, int warpgroups, int warpgroup) const {
-    return at(slot) + x + warpgroups * words + warpgroup * pairs;
-  }
-};
-
-struct Cursor {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int slots) {
-    if (++slot < slots) return;
-    slot = 0;
-    parity ^= 1;
-  }
-};
-
-// The strips and tokens of a tile of this CTA, by the tile's number. Within a band of token blocks, blocks that
-// share weights follow each other, so that weights come from memory once a band, and the band's x stays in L2.
-struct Tile {
-  int strip, block;
-  __device__ __forceinline__ Tile(int number, int rank, const Tiling& t) {
-    const int in_band = t.row_tiles * t.band, band = number / in_band, rest = number - band * in_band;
-    const int width = min(t.band, t.token_blocks - band * t.band);
-    const int rows = rest / width;
-    block = band * t.band + rest % width;
-    strip = (t.cluster == Cluster::shares_x ? rows * t.ranks + rank : rows) * t.warpgroups;
-  }
-};
-
-// Slots that a CTA goes through for a tile.
-struct Walk {
-  int begin, end;
-  __device__ __forceinline__ Walk(int rank, const Tiling& t) {
-    const bool one = t.cluster == Cluster::ranges;
-    begin = one ? range_border(t.steps, rank, t.ranges) : 0;
-    end = one ? range_border(t.steps, rank + 1, t.ranges) : t.steps;
-  }
-};
-
-// Groups of columns that a slot may touch, whose chunks have kSteps k16 steps.
-template <int kSteps>
-constexpr int kSlotGroups = kSlotSteps / kSteps;
-
-// Four warps fill the ring, one thread of each: asking for copies takes a thread longer than memory takes to
-// bring them (H200, one token, in a chain: 4096 x 4096 16.0 → 13.8 µs, 14336 x 4096 64.4 → 56.8).
-enum class Load { words, x, pairs, more_words };  // of the first warpgroup, for all, for all, of the second
-
-template <int kTokens, int kBits, int kSteps>
-struct Producer {
-  const CUtensorMap* x_map;
-  const QuantMatmulParams& p;
-  const Tiling& t;
-  const Slots& s;
-  const Load load;
-  const int rank;
-  int block;                      // of tokens
-  int group, left;                // of the next slot's first k16 step; steps of it that are left
-  const uint8_t *words, *pairs;   // of the next slot and of the strip; `pairs` of both warpgroups
-  int64_t more_pairs;
-
-  __device__ __forceinline__ void enter_tile(const Tile& tile, const Walk& walk) {
-    block = tile.block;
-    // Strips past the last are the last, for nothing.
-    const int64_t first = min(tile.strip, t.strips - 1), second = min(tile.strip + 1, t.strips - 1);
-    words = static_cast<const uint8_t*>(p.weight.words) +
-            ((load == Load::more_words ? second : first) * t.pieces + walk.begin * kSlotPieces) * kPieceBytes<kBits>;
-    pairs = static_cast<const uint8_t*>(p.weight.scales) + first * p.weight.groups * kPairsBytes;
-    more_pairs = (second - first) * p.weight.groups * kPairsBytes;
-    group = walk.begin * kSlotSteps / t.group_steps;
-    left = (group + 1) * t.group_steps - walk.begin * kSlotSteps;
-  }
-
-  // Bytes of the pairs of the next slot, which are `*from` the first.
-  __device__ __forceinline__ int next_pairs(int* from) {
-    *from = group * kPairsBytes;
-    int groups = 1;
-    for (left -= kSlotSteps; left < 0; left += t.group_steps) ++groups;
-    group += groups - 1;
-    const int bytes = min(groups, p.weight.groups - *from / kPairsBytes) * kPairsBytes;
-    if (left == 0) {
-      ++group;
-      left = t.group_steps;
-    }
-    return bytes;
-  }
-
-  __device__ __forceinline__ void fill_x(uint32_t to, int step, uint32_t barrier) const {
-    const int first = step * kSlotPieces;
-    if (!t.whole) {
-      for (int i = 0; i < kSlotPieces; ++i) {
-        copy_box(to + i * kTokens * kRowBytes, x_map, (first + i) * kPiece, block * kTokens, 0, barrier);
-      }
-    } else if (t.cluster == Cluster::shares_x) {  // each brings one of the pieces to both
-      copy_box_to(3, to + rank * kTokens * kRowBytes, x_map, 0, block * kTokens, first + rank, barrier);
-    } else {
-      copy_box(to, x_map, 0, block * kTokens, first, barrier);
-    }
-  }
-
-  // Asks for this thread's part of a slot. A piece that does not exist has words of any kind, and zeros for x.
-  __device__ __forceinline__ void fill(int slot, int step, uint64_t policy) {
-    const uint32_t barrier = s.full + 8 * slot;
-    if (load == Load::x) return fill_x(s.at(slot), step, barrier);
-    if (load == Load::pairs) {
-      int from;
-      const int bytes = next_pairs(&from);
-      copy_bytes(s.pairs_of(slot, t.warpgroups, 0), pairs + from, bytes, barrier, policy);
-      if (t.warpgroups == 1) return;
-      copy_bytes(s.pairs_of(slot, t.warpgroups, 1), pairs + more_pairs + from, bytes, barrier, policy);
-      return;
-    }
-    const int bytes = min(kSlotPieces, t.pieces - step * kSlotPieces) * kPieceBytes<kBits>;
-    if (load == Load::words) {
-      int from;
-      barrier_arrive_expecting(barrier, s.x + t.warpgroups * (bytes + next_pairs(&from)));
-    }
-    copy_bytes(s.words_of(slot, load == Load::words ? 0 : 1), words, bytes, barrier, policy);
-    words += kSlotPieces * kPieceBytes<kBits>;
-  }
-
-  // The weights are older than this step: the first ring of them travels while the previous kernel ends.
-  __device__ __forceinline__ void run() {
-    const uint64_t policy = evict_first();
-    bool has_waited = load == Load::x;
-    if (has_waited) wait_for_previous();
-    Cursor at;
-    int filled = 0;
-    const Walk walk(rank, t);
-    const bool idle = load == Load::more_words && t.warpgroups == 1;
-    const int tiles = idle ? 0 : t.row_tiles * t.token_blocks, clusters = gridDim.x / t.ranks;
-    for (int number = blockIdx.x / t.ranks; number < tiles; number += clusters) {
-      enter_tile(Tile(number, rank, t), walk);
-      for (int step = walk.begin; step < walk.end; ++step, at.advance(t.slots)) {
-        if (filled < t.slots) {
-          ++filled;
-        } else {
-          if (!has_waited) wait_for_previous();
-          has_waited = true;
-          barrier_wait(s.empty + 8 * at.slot, at.parity ^ 1);
-        }
-        fill(at.slot, step, policy);
-      }
-    }
-    if (!has_waited) wait_for_previous();
-  }
-};
-
-// An 8 × 8 matrix of 16-bit elements, two of a row in each lane, transposed.
-__device__ __forceinline__ uint32_t transposed(uint32_t two) {
-  uint32_t to;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(two));
-  return to;
-}
-
-// Adds bias and residual to a warpgroup's products and stores them. Accumulator 4j + 2h + e is of row 16 ·
-// warp + lane / 4 + 8h of the strip and of token 8j + 2 (lane % 4) + e of the block; they change places, so
-// that a lane has four features of one token and a warp writes whole sectors: memory takes parts of them at a
-// fifth of its speed.
-template <typename T, int kTokens>
-__device__ __forceinline__ void finish(const QuantMatmulParams& p, int strip, int block,
-                                       const float (&d)[kTokens / 2]) {
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int row = strip * kStrip + threadIdx.x % kWarpgroup / 32 * 16;
-  const int feature = row + quad * 4, features = p.weight.rows;
-  float bias[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int of = row + lane / 4 + 8 * h;
-    bias[h] = p.bias != nullptr && of < features ? to_float(static_cast<const T*>(p.bias)[of]) : 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    uint32_t half[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      half[h] = transposed(pack<T>(d[4 * j + 2 * h] + bias[h], d[4 * j + 2 * h + 1] + bias[h]));
-    uint32_t y[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int from = lane / 4 * 4 + quad % 2 * 2 + i;
-      const uint32_t low = __shfl_sync(~0u, half[0], from), high = __shfl_sync(~0u, half[1], from);
-      y[i] = quad < 2 ? low : high;
-    }
-    const int token = block * kTokens + 8 * j + lane / 4;
-    if (token >= p.tokens) continue;
-    T* to = static_cast<T*>(p.out) + token * p.out_stride + feature;
-    const T* residual = static_cast<const T*>(p.residual) + token * p.residual_stride + feature;
-    if (p.is_wide && feature < features) {
-      if (p.residual != nullptr) {
-        const uint2 more = *reinterpret_cast<const uint2*>(residual);
-        const float2 a = unpack<T>(y[0]), b = unpack<T>(y[1]), c = unpack<T>(more.x), e = unpack<T>(more.y);
-        y[0] = pack<T>(a.x + c.x, a.y + c.y);
-        y[1] = pack<T>(b.x + e.x, b.y + e.y);
-      }
-      *reinterpret_cast<uint2*>(to) = make_uint2(y[0], y[1]);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (feature + i >= features) break;
-      const float2 two = unpack<T>(y[i / 2]);
-      float one = i % 2 == 0 ? two.x : two.y;
-      if (p.residual != nullptr) one += to_float(residual[i]);
-      to[i] = from_float<T>(one);
-    }
-  }
-}
-
 // A warpgroup's work. S: type of the scales. kSteps: k16 steps of a chunk.
 template <typename T, typename S, int kBits, int kTokens, int kSteps>
 struct Consumer {
-  static constexpr int kCount = kTokens / 2;              // sums of a thread
-  static constexpr int kLoads = kBits / 4;                // of 16 bytes, for a piece
-  static constexpr bool kPairs = kSteps == 8;             // a chunk is two pieces
+  static constexpr int kCount = kTokens / 2;               // sums of a thread
+  static constexpr int kLoads = kBits / 4;                 // of 16 bytes, for a piece
+  static constexpr bool kPairs = kSteps == 8;              // a chunk is two pieces
   static constexpr int kChunks = kPairs ? 1 : 4 / kSteps;  // of a piece
 
   const QuantMatmulParams& p;
@@ -298,37 +44,49 @@ struct Consumer {
   const int warpgroup, rank;
   Exact<T, kBits> exact;
   float d[kCount], total[kCount];  // of the chunk, of the range
-  uint32_t fragments[2][4][4];     // of the piece that multiplies, and of the one that is being widened
-  float scale[2][kChunks][2];      // of both
-  Cursor at;          // slot of the pieces that multiply
+  uint32_t fragments[2][4][4];     // of both pieces of a slot
+  float scale[2][kChunks][2];
+  Cursor at;              // slot of the next pieces to multiply
   uint32_t words, pairs;  // this lane's of the slot that is widened
-  int left;           // k16 steps of the group that are left for the next chunk to widen
-  int groups_left;    // after that one
-  int range, border;  // that is being summed, and the first slot after it
+  int left;               // k16 steps of the group that are left for the next chunk to widen
+  int groups_left;        // after that one
+  int range, border;      // that is being summed, and the first slot after it
 
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ void release(int slot) const {
     if (threadIdx.x % 32 != 0) return;
-    barrier_arrive(s.empty + 8 * at.slot);
-    if (t.cluster == Cluster::shares_x) barrier_arrive_at(s.empty + 8 * at.slot, rank ^ 1);
+    barrier_arrive(s.empty + 8 * slot);
+    if (t.cluster == Cluster::shares_x) barrier_arrive_at(s.empty + 8 * slot, rank ^ 1);
   }
 
-  __device__ __forceinline__ void wait_slot(const Cursor& next) {
+  __device__ __forceinline__ void wait_slot() {
     const int thread = threadIdx.x % kWarpgroup;
-    words = s.words_of(next.slot, warpgroup) + thread * 16;
-    pairs = s.pairs_of(next.slot, t.warpgroups, warpgroup) + (thread / 32 * 16 + thread % 32 / 4) * 4;
-    barrier_wait(s.full + 8 * next.slot, next.parity);
+    words = s.words_of(at.slot, warpgroup) + thread * 16;
+    pairs = s.pairs_of(at.slot, t.warpgroups, warpgroup) + (thread / 32 * 16 + thread % 32 / 4) * 4;
+    barrier_wait(s.full + 8 * at.slot, at.parity);
+  }
+
+  struct Words {
+    uint32_t of[kSlotPieces][kLoads][4];
+  };
+
+  __device__ __forceinline__ Words load_words() const {
+    Words word;
+#pragma unroll
+    for (int piece = 0; piece < kSlotPieces; ++piece) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t (&to)[4] = word.of[piece][i];
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(words + piece * kPieceBytes<kBits> + i * kWarpgroup * 16));
+      }
+    }
+    return word;
   }
 
   // Widens a piece of the slot.
   template <int kTo>
-  __device__ __forceinline__ void widen() {
-    uint32_t word[kLoads][4];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[i][0]), "=r"(word[i][1]), "=r"(word[i][2]), "=r"(word[i][3])
-                   : "r"(words + kTo * kPieceBytes<kBits> + i * kWarpgroup * 16));
-    }
+  __device__ __forceinline__ void widen(const Words& word) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       if (kPairs ? kTo == 0 && step == 0 : step % kSteps == 0) {
@@ -348,22 +106,22 @@ struct Consumer {
           }
         }
       }
-      exact.widen(fragments[kTo][step], &word[0][0] + step * kLoads);
+      exact.widen(fragments[kTo][step], &word.of[kTo][0][0] + step * kLoads);
     }
   }
 
   // Begins the products of a piece's chunk; those of the second piece of a pair are added to the first's.
   template <int kOf>
-  __device__ __forceinline__ void multiply(int chunk) {
+  __device__ __forceinline__ void multiply(int chunk, int slot) {
     constexpr int kCount = kPairs ? 4 : kSteps;  // of its products
-    uint32_t(&a)[4][4] = fragments[kOf];
+    uint32_t (&a)[4][4] = fragments[kOf];
     // The compiler must not define operands between the products: it would run them one by one.
 #pragma unroll
     for (auto& fragment : a) {
 #pragma unroll
       for (uint32_t& pair : fragment) asm volatile("" : "+r"(pair)::"memory");
     }
-    const uint32_t x = s.at(at.slot) + kOf * kTokens * kRowBytes;
+    const uint32_t x = s.at(slot) + kOf * kTokens * kRowBytes;
     products_begin();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -371,6 +129,15 @@ struct Consumer {
       weights_times<T>(d, a[step], swizzled_operand(x + 32 * step), (kPairs && kOf == 1) || i > 0);
     }
     products_commit();
+  }
+
+  // Warpgroups multiply in turns: side by side they would widen at the same time, too, and the tensor cores
+  // wait.
+  __device__ __forceinline__ void take_turn() const {
+    if (t.warpgroups == 2) asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if (t.warpgroups == 2) asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
   }
 
   // Ends a chunk: its sums, scaled, go to the totals.
@@ -381,35 +148,43 @@ struct Consumer {
     for (int i = 0; i < kCount; ++i) total[i] = fmaf(by[i / 2 % 2], d[i], total[i]);
   }
 
-  // Ends the chunks of a piece, the first of which multiplies.
-  template <int kOf>
-  __device__ __forceinline__ void end_chunks(const float (&first)[2]) {
-    scale_chunk(first);
-#pragma unroll
-    for (int chunk = 1; chunk < kChunks; ++chunk) {
-      multiply<kOf>(chunk);
-      scale_chunk(scale[kOf][chunk]);
-    }
-  }
-
-  // Multiplies a slot, whose first piece is wide, and widens the next piece meanwhile.
+  // Multiplies a slot, which is wide, and widens the next.
   __device__ __forceinline__ void run_slot(int step, int end) {
-    multiply<0>(0);
-    widen<1>();
-    if constexpr (!kPairs) end_chunks<0>(scale[0][0]);
-    multiply<1>(0);
-    if constexpr (kPairs) products_wait<1>();
-    const float(&scales)[2] = scale[kPairs ? 0 : 1][0];
-    const float first[2] = {scales[0], scales[1]};
-    Cursor next = at;
-    next.advance(t.slots);
-    if (step + 1 < end) {
-      wait_slot(next);
-      widen<0>();
+    Words word;
+    const Cursor before = at;
+    const auto load_next = [&] {
+      at.advance(t.slots);
+      if (step + 1 < end) {
+        wait_slot();
+        word = load_words();
+      }
+    };
+    if constexpr (kPairs) {
+      take_turn();
+      multiply<0>(0, before.slot);
+      multiply<1>(0, before.slot);
+      pass_turn();
+      load_next();
+      scale_chunk(scale[0][0]);
+    } else {
+#pragma unroll
+      for (int chunk = 0; chunk < kSlotPieces * kChunks; ++chunk) {
+        take_turn();
+        if (chunk < kChunks) {
+          multiply<0>(chunk, before.slot);
+        } else {
+          multiply<1>(chunk - kChunks, before.slot);
+        }
+        pass_turn();
+        if (chunk == kSlotPieces * kChunks - 1) load_next();
+        scale_chunk(scale[chunk / kChunks][chunk % kChunks]);
+      }
     }
-    end_chunks<1>(first);
-    release();
-    at = next;
+    release(before.slot);
+    if (step + 1 < end) {
+      widen<0>(word);
+      widen<1>(word);
+    }
     if (step + 1 == border) end_range();
   }
 
@@ -441,8 +216,8 @@ struct Consumer {
     for (int e = 0; e < 4; ++e) total[i + e] += more[e];
   }
 
-  // The totals of the cluster's ranges come together in its first CTA, where the slots were. Returns whether this
-  // is that.
+  // The totals of the cluster's ranges come together in its first CTA, where the slots were. Returns whether
+  // this is that.
   __device__ __forceinline__ bool gather_ranges() {
     sync_cluster();
     const int warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
@@ -477,8 +252,10 @@ struct Consumer {
     border = t.cluster == Cluster::ranges || t.ranges == 1 ? -1 : range_border(t.steps, 1, t.ranges);
 #pragma unroll
     for (float& sum : total) sum = 0.0f;
-    wait_slot(at);
-    widen<0>();
+    wait_slot();
+    const Words word = load_words();
+    widen<0>(word);
+    widen<1>(word);
     for (int step = walk.begin; step < walk.end; ++step) run_slot(step, walk.end);
     if (t.cluster == Cluster::ranges && !gather_ranges()) return;
     if (tile.strip + warpgroup < t.strips) finish<T, kTokens>(p, tile.strip + warpgroup, tile.block, total);
@@ -509,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kUneven<kTokens>) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x % 32 == 0) {
       const auto load = static_cast<Load>(threadIdx.x % kWarpgroup / 32);
-      Producer<kTokens, kBits, kSteps>{.x_map = &x_map, .p = p, .t = t, .s = slots, .load = load, .rank = rank}
+      Producer<kTokens, kBits, kSteps>{
+          .x_map = &x_map, .p = p, .t = t, .s = slots, .load = load, .rank = rank}
           .run();
     } else {
       wait_for_previous();
@@ -521,6 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_previous();
     Consumer<T, S, kBits, kTokens, kSteps> worker{
         .p = p, .t = t, .s = slots, .warpgroup = warpgroup, .rank = rank};
+    if (warpgroup == 1) worker.pass_turn();  // the first begins
     const int tiles = t.row_tiles * t.token_blocks, clusters = gridDim.x / t.ranks;
     for (int number = blockIdx.x / t.ranks; number < tiles; number += clusters) {
       worker.run_tile(Tile(number, rank, t));
@@ -533,31 +312,43 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kSharedBytes = 224 * 1024;
 
-// The block of tokens, warpgroups and kind of cluster that end first; bits do not depend on them. A piece of a tile
-// takes as many cycles as its products, but no fewer than its weights take to be widened.
+// The block of tokens, warpgroups and kind of cluster that end first; bits do not depend on them.
 struct Shape {
   int tokens, warpgroups;
   Cluster cluster;
 };
 
-Shape shape_for(int tokens, int strips, int pieces, int ranges, bool whole, int sms) {
+// Hundredths of a microsecond that one or two warpgroups take for a slot of a block, and a tile for its
+// beginning and end (H200: within a tenth of all figures of docs/kernels/quant_matmul.md).
+constexpr int kSlotTime[2][2] = {{50, 72}, {70, 93}};  // 64, 128 tokens
+constexpr int kTileTime = 300, kGatherTime = 400;
+
+Shape shape_for(const QuantMatmulParams& p, int sms) {
+  const int strips = (p.weight.rows + kStrip - 1) / kStrip, ranges = ranges_of(p.weight);
+  const int slots = (p.weight.columns + kPiece * kSlotPieces - 1) / (kPiece * kSlotPieces);
   Shape best{};
   int64_t best_cost = -1;
-  for (const int block : {64, 128}) {
-    const int64_t blocks = (tokens + block - 1) / block;
-    for (const int warpgroups : {1, 2}) {
-      const int64_t tiles = (strips + warpgroups - 1) / warpgroups * blocks;
-      const int cycles = std::max(block == 64 ? 200 : 350, 2 * block * warpgroups);
-      for (const bool split : {false, true}) {
-        // Totals of the other ranges have to fit where slots were.
-        if (split && (ranges == 1 || (ranges - 1) * warpgroups * block * kStrip * 4 > kSharedBytes - kHeaderBytes)) continue;
-        const int64_t rounds = (tiles * (split ? ranges : 1) + sms - 1) / sms;
-        const int64_t cost = rounds * (pieces / (split ? ranges : 1) * cycles + 1500) + (split ? 1500 : 0);
-        if (best_cost >= 0 && cost > best_cost) continue;
-        best_cost = cost;
-        const bool shares = whole && !split && block == 128 && warpgroups == 2 && tiles > blocks;
-        best = {block, warpgroups, split ? Cluster::ranges : shares ? Cluster::shares_x : Cluster::single};
-      }
+  const auto consider = [&](const Shape& shape) {
+    const int64_t blocks = (p.tokens + shape.tokens - 1) / shape.tokens;
+    const int64_t tiles = (strips + shape.warpgroups - 1) / shape.warpgroups * blocks;
+    const int time = kSlotTime[shape.tokens / 128][shape.warpgroups - 1];
+    const bool splits = shape.cluster == Cluster::ranges;
+    // Larger clusters leave about an eighth of the SMs; see sm90_few.cu.
+    const int64_t rounds = splits ? (tiles * ranges * 8 + 7 * sms - 1) / (7 * sms) : (tiles + sms - 1) / sms;
+    const int64_t cost =
+        rounds * (slots * time / (splits ? ranges : 1) + kTileTime) + (splits ? kGatherTime : 0);
+    if (best_cost >= 0 && cost >= best_cost) return;
+    best_cost = cost;
+    best = shape;
+  };
+  for (const int warpgroups : {1, 2}) {
+    for (const int tokens : {64, 128}) {
+      const bool shares = tokens == 128 && warpgroups == 2 && p.weight.columns % kPiece == 0;
+      consider({tokens, warpgroups, shares ? Cluster::shares_x : Cluster::single});
+      // Totals of the other ranges have to fit where slots were.
+      const int totals = (ranges - 1) * warpgroups * tokens * kStrip * 4;
+      if (ranges > 1 && totals <= kSharedBytes - kHeaderBytes)
+        consider({tokens, warpgroups, Cluster::ranges});
     }
   }
   return best;
@@ -613,6 +404,21 @@ cudaError_t launch_matmul(const QuantMatmulParams& p, const Shape& shape, int sm
                          (t.warpgroups + 1) * kWarpgroup, shared_bytes, stream, x_map, p, t);
 }
 
+// Sixteen tokens after the other.
+cudaError_t by_few(QuantMatmulParams p, DType dtype, int sms, cudaStream_t stream) {
+  const auto advanced = [](const void* from, int64_t stride) -> const void* {
+    return from == nullptr ? nullptr : static_cast<const uint16_t*>(from) + 16 * stride;
+  };
+  for (int left = p.tokens; left > 0; left -= 16) {
+    p.tokens = std::min(left, 16);
+    if (const cudaError_t error = quant_matmul_few(p, dtype, sms, stream)) return error;
+    p.x = advanced(p.x, p.x_stride);
+    p.residual = advanced(p.residual, p.residual_stride);
+    p.out = static_cast<uint16_t*>(p.out) + 16 * p.out_stride;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 cudaError_t quant_matmul(const QuantMatmulParams& p, DType dtype, cudaStream_t stream) {
@@ -621,10 +427,10 @@ cudaError_t quant_matmul(const QuantMatmulParams& p, DType dtype, cudaStream_t s
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
-  if (p.tokens <= 16) return quant_matmul_few(p, dtype, sms, stream);
-  const Shape shape = shape_for(p.tokens, (p.weight.rows + kStrip - 1) / kStrip,
-                                (p.weight.columns + kPiece - 1) / kPiece, ranges_of(p.weight),
-                                p.weight.columns % kPiece == 0, sms);
+  // Twice the kernel for few tokens, where it is quick (H200, 32 tokens: 4096 x 4096 16 instead of 21 µs,
+  // 14336 x 4096 36 instead of 41; with one range 53 instead of 49).
+  if (p.tokens <= 16 || (p.tokens <= 32 && ranges_of(p.weight) > 1)) return by_few(p, dtype, sms, stream);
+  const Shape shape = shape_for(p, sms);
   return by_operand_and_scale(dtype, p.weight.scale_dtype, [&]<typename T, typename S>() {
     return by_chunk(p.weight, [&]<int kBits, int kSteps>() {
       return shape.tokens == 64 ? launch_matmul<T, S, kBits, 64, kSteps>(p, shape, sms, stream)

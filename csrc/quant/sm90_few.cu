@@ -2,8 +2,9 @@
 //
 // Weights enter the products as whole numbers, code − zero; sums of a chunk of columns, which share a scale,
 // are scaled in fp32 and added in ascending order. A strip of 16 rows is a warp's, or where there are few
-// rows that of several warps, one a range of columns, whose sums are added in order: `inner` of them are of one
-// CTA, `outer` CTAs are a cluster, and each has the x of its ranges. Chunks and ranges follow from the weight's shape alone. docs/kernels/quant_matmul.md.
+// rows that of several warps, one a range of columns, whose sums are added in order: `inner` of them are of
+// one CTA, `outer` CTAs are a cluster, and each has the x of its ranges. Chunks and ranges follow from the
+// weight's shape alone. docs/kernels/quant_matmul.md.
 //
 //   each warp:  | words and pairs of stages 0 … 3 into registers | wait for the previous kernel | x |
 //               stage n: ldmatrix → widen → mma of each chunk → scale, as words of stage n + 4 travel |
@@ -26,18 +27,18 @@ namespace {
 // ---- device ----
 
 constexpr int kMaxWarps = 16;
-constexpr int kRowBytes = 128;   // of a piece of x
-constexpr int kPartPieces = 8;   // of x that arrive together
+constexpr int kRowBytes = 128;  // of a piece of x
+constexpr int kPartPieces = 8;  // of x that arrive together
 constexpr int kMaxParts = 32;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps x on the swizzle's 1024 bytes
 
 struct Tiling {
-  int units;            // strips of 16 rows
+  int units;                 // strips of 16 rows
   int units_each, clusters;  // units of a CTA; clusters of the grid
   int ranges, inner, outer;  // of stages: in all, of a CTA; CTAs of a cluster
-  int pieces, stages;   // of all columns
-  int group_steps;      // k16 steps of a group
-  bool whole;           // columns are whole pieces
+  int pieces, stages;        // of all columns
+  int group_steps;           // k16 steps of a group
+  bool whole;                // columns are whole pieces
 };
 
 // One warp's walk along its range of columns. kSteps: k16 steps of a chunk.
@@ -160,8 +161,8 @@ struct Walk {
     }
   }
 
-  // The whole range; x: address of its first piece. `arrived(piece, count)` returns when those pieces, counted
-  // from this range's first, are there.
+  // The whole range; x: address of its first piece. `arrived(piece, count)` returns when those pieces,
+  // counted from this range's first, are there.
   template <typename F>
   __device__ __forceinline__ void run(int first, uint32_t x, F&& arrived) {
     const uint32_t token = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8;
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     if (range > 0) {
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
-        const float(&sum)[4] = work.total[j];
+        const float (&sum)[4] = work.total[j];
         asm volatile("st.shared.v4.f32 [%4], {%0, %1, %2, %3};" ::"f"(sum[0]), "f"(sum[1]), "f"(sum[2]),
                      "f"(sum[3]), "r"(place(range, j))
                      : "memory");
@@ -318,9 +319,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
 
 constexpr int kSharedBytes = 224 * 1024;
 
-// Spreads ranges and units over clusters of two CTAs, or as few more as have room for x, in one round. Graphics clusters
-// of odd size leave SMs that larger clusters cannot take (H200: of 33 clusters of four about 29 fit; the others
-// ran after them, 14336 x 4096, 16 tokens: 28 instead of 18 µs).
+// Spreads ranges and units over clusters of two CTAs, or as few more as have room for x, in one round.
+// Graphics clusters of odd size leave SMs that larger clusters cannot take (H200: of 33 clusters of four
+// about 29 fit; the others ran after them, 14336 x 4096, 16 tokens: 28 instead of 18 µs).
 template <int kTokens>
 bool spread(Tiling& t, int sms, int* shared_bytes) {
   for (t.outer = t.ranges > 1 ? 2 : 1; t.outer <= t.ranges; ++t.outer) {
@@ -329,7 +330,8 @@ bool spread(Tiling& t, int sms, int* shared_bytes) {
     const int parts = parts_of(t);
     const int most = t.outer <= 2 ? sms / t.outer : sms * 7 / 8 / t.outer;
     t.units_each = std::max(1, std::min(kMaxWarps / t.inner, (t.units + most - 1) / most));
-    *shared_bytes = kHeaderBytes + parts * kPartPieces * kTokens * kRowBytes + (t.ranges - 1) * t.units_each * kTokens * 64;
+    *shared_bytes = kHeaderBytes + parts * kPartPieces * kTokens * kRowBytes +
+                    (t.ranges - 1) * t.units_each * kTokens * 64;
     if (t.inner <= kMaxWarps && parts <= kMaxParts && *shared_bytes <= kSharedBytes) break;
   }
   t.clusters = (t.units + t.units_each - 1) / t.units_each;
@@ -363,9 +365,9 @@ cudaError_t launch_few(const QuantMatmulParams& p, int sms, cudaStream_t stream)
     return error;
   }
   const dim3 grid(static_cast<unsigned>(t.clusters * t.outer));
-  return launch_clusters(kernel, grid, t.outer, t.units_each * t.inner * 32, shared_bytes, stream, x_map, p, t);
+  return launch_clusters(kernel, grid, t.outer, t.units_each * t.inner * 32, shared_bytes, stream, x_map, p,
+                         t);
 }
-
 
 }  // namespace
 
