@@ -321,7 +321,7 @@ struct Shape {
 // Hundredths of a microsecond that one or two warpgroups take for a slot of a block, and a tile for its
 // beginning and end (H200: within a tenth of all figures of docs/kernels/quant_matmul.md).
 constexpr int kSlotTime[2][2] = {{50, 72}, {70, 93}};  // 64, 128 tokens
-constexpr int kTileTime = 300, kGatherTime = 400;
+constexpr int kTileTime = 300, kGatherTime = 900;
 
 Shape shape_for(const QuantMatmulParams& p, int sms) {
   const int strips = (p.weight.rows + kStrip - 1) / kStrip, ranges = ranges_of(p.weight);
@@ -427,8 +427,8 @@ cudaError_t quant_matmul(const QuantMatmulParams& p, DType dtype, cudaStream_t s
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
-  // Twice the kernel for few tokens, where it is quick (H200, 32 tokens: 4096 x 4096 16 instead of 21 µs,
-  // 14336 x 4096 36 instead of 41; with one range 53 instead of 49).
+  // Twice the kernel for few tokens where that ends first (H200, twice 16 tokens against 64: 4096 x 4096 16 ·
+  // 21 µs, 14336 x 4096 36 · 41; with one range 53 · 49).
   if (p.tokens <= 16 || (p.tokens <= 32 && ranges_of(p.weight) > 1)) return by_few(p, dtype, sms, stream);
   const Shape shape = shape_for(p, sms);
   return by_operand_and_scale(dtype, p.weight.scale_dtype, [&]<typename T, typename S>() {
