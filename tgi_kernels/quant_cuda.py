@@ -87,9 +87,9 @@ def quant_matmul(
 
     x: [tokens, in_features]; bias: [out_features]; residual: like y, may be out. All of packed.dtype on one GPU.
     out: [tokens, out_features], allocated when not given. Returns out.
-    On Hopper each output is one sum over the columns in the order of the codes, so its bits are those of the dense
-    product and do not depend on the number of tokens. Other GPUs, and rows of x that do not lie multiples of 16
-    bytes apart, take the dense product of the dequantised matrix.
+    On Hopper codes are multiplied as whole numbers and their sums scaled in float32, in an order that the weight's
+    shape fixes, so bits do not depend on the number of tokens. Other GPUs, and rows of x that do not lie multiples
+    of 16 bytes apart, take the dense product of the dequantised matrix.
     """
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, packed.dtype)

@@ -9,7 +9,7 @@ from tgi_kernels.quant_cuda import PackedCuda, dequantise_packed, pack_cuda, qua
 from tgi_kernels.quant_weight import QuantWeight
 
 SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096))  # in, out features
-TOKENS = (1, 16, 32, 64, 128, 256, 2048, 8192)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 2048, 8192)
 GROUP = 128
 
 
@@ -35,7 +35,7 @@ def bench_shape(report: Report, roofs: Roofs, bits: int, in_features: int, out_f
         PackedCuda(**(vars(packed) | {"words": packed.words.clone(), "pairs": packed.pairs.clone()}))
         for _ in range(copies_for(weight_bytes) - 1)
     ]
-    for tokens in TOKENS if bits == 4 else TOKENS[:2]:
+    for tokens in TOKENS if bits == 4 else TOKENS[:3]:
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
         work = 2 * tokens * in_features * out_features

@@ -57,6 +57,11 @@ __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// The same where threads owe each other nothing but to have begun, and their initialised barriers.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Arrives at the barrier that another CTA of the cluster, or this one, has at the same address.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
@@ -66,6 +71,19 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}\n" ::"r"(barrier),
       "r"(rank)
+      : "memory");
+}
+
+// Leaves four numbers at an address of the cluster's first CTA, and tells a barrier of that of 16 bytes.
+__device__ __forceinline__ void send_first_rank(uint32_t address, const float (&value)[4], uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, told;\n"
+      "mapa.shared::cluster.u32 there, %0, 0;\n"
+      "mapa.shared::cluster.u32 told, %5, 0;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [told];\n"
+      "}\n" ::"r"(address),
+      "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]), "r"(barrier)
       : "memory");
 }
 

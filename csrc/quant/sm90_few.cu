@@ -2,20 +2,24 @@
 //
 // Weights enter the products as whole numbers, code − zero; sums of a chunk of columns, which share a scale,
 // are scaled in fp32 and added in ascending order. A strip of 16 rows is a warp's, or where there are few
-// rows that of several warps, one a range of columns, whose sums are added in order through a cluster. Chunks
-// and ranges follow from the weight's shape alone. docs/kernels/quant_matmul.md.
+// rows that of several warps, one a range of columns, whose sums are added in order: `inner` of them are of
+// one CTA, `outer` CTAs are a cluster, and each has the x of its ranges. Chunks and ranges follow from the
+// weight's shape alone. docs/kernels/quant_matmul.md.
 //
-//   each warp:  | words and pairs of stages 0 … 3 into registers | wait for the previous kernel | x of its
-//   range |
+//   each warp:  | words and pairs of stages 0 … 3 into registers | wait for the previous kernel | x |
 //               stage n: ldmatrix → widen → mma of each chunk → scale, as words of stage n + 4 travel |
 //               ranges | store |
+#include <algorithm>
+
 #include "common/dispatch.cuh"
 #include "common/hopper.cuh"
 #include "common/mma.cuh"
 #include "common/pdl.cuh"
 #include "common/tensor_map.h"
+#include "quant/chunks.h"
 #include "quant/cuda.h"
 #include "quant/layout.cuh"
+#include "quant/operands.cuh"
 
 namespace tgi {
 namespace {
@@ -23,77 +27,18 @@ namespace {
 // ---- device ----
 
 constexpr int kMaxWarps = 16;
-constexpr int kRowBytes = 128;   // of a piece of x
-constexpr int kPartPieces = 16;  // of x that arrive together
-constexpr int kMaxParts = 16;
+constexpr int kRowBytes = 128;  // of a piece of x
+constexpr int kPartPieces = 8;  // of x that arrive together
+constexpr int kMaxParts = 32;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps x on the swizzle's 1024 bytes
-constexpr int kMaxRanges = 8;
 
 struct Tiling {
-  int units;            // strips of 16 rows
-  int warps, clusters;  // of a CTA; of the grid, each of `ranges` CTAs
-  int pieces, stages;   // of all columns
-  int ranges;           // of stages
-  int group_steps;      // k16 steps of a group
-  bool whole;           // columns are whole pieces
-};
-
-// Whole numbers code − zero as operands of T, exactly.
-template <typename T, int kBits>
-struct Exact;
-
-template <typename T>
-struct Exact<T, 4> {
-  using Two = typename TwoOf<T>::type;
-  static constexpr uint32_t kMagic = __is_same(T, __half) ? 0x64006400u : 0x43004300u;
-  Two zero[2];  // of rows g and g + 8
-
-  __device__ __forceinline__ void load(int h, uint32_t pair) {
-    zero[h] = as<Two>(__byte_perm(pair, pair, 0x3232));
-  }
-  __device__ __forceinline__ void widen(uint32_t (&to)[4], const uint32_t* word) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[i] = as<uint32_t>(__hsub2(as<Two>(merged(*word >> (4 * i), 0x000f000fu, kMagic)), zero[i & 1]));
-    }
-  }
-};
-
-template <>
-struct Exact<__half, 8> {
-  __half2 zero[2];
-
-  __device__ __forceinline__ void load(int h, uint32_t pair) {
-    zero[h] = __half2half2(__float2half_rn(1024.0f + static_cast<float>(pair >> 16)));
-  }
-  __device__ __forceinline__ void widen(uint32_t (&to)[4], const uint32_t* words) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 1024 + code: the code is the significand's lowest byte
-      const uint32_t codes = __byte_perm(words[i / 2], 0x64646464u, i % 2 == 0 ? 0x4140 : 0x4342);
-      to[i] = as<uint32_t>(__hsub2(as<__half2>(codes), zero[i & 1]));
-    }
-  }
-};
-
-template <>
-struct Exact<__nv_bfloat16, 8> {
-  float zero[2];
-
-  __device__ __forceinline__ void load(int h, uint32_t pair) {
-    zero[h] = 8388608.0f + static_cast<float>(pair >> 16);
-  }
-  __device__ __forceinline__ void widen(uint32_t (&to)[4], const uint32_t* words) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float w[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {  // 2²³ + code
-        const uint32_t code = __byte_perm(words[i / 2], 0x4b000000u, 0x7440 + i % 2 * 2 + e);
-        w[e] = __uint_as_float(code) - zero[i & 1];
-      }
-      to[i] = pack<__nv_bfloat16>(w[0], w[1]);
-    }
-  }
+  int units;                 // strips of 16 rows
+  int units_each, clusters;  // units of a CTA; clusters of the grid
+  int ranges, inner, outer;  // of stages: in all, of a CTA; CTAs of a cluster
+  int pieces, stages;        // of all columns
+  int group_steps;           // k16 steps of a group
+  bool whole;                // columns are whole pieces
 };
 
 // One warp's walk along its range of columns. kSteps: k16 steps of a chunk.
@@ -101,7 +46,7 @@ template <typename T, typename S, int kBits, int kTokens, int kSteps>
 struct Walk {
   static constexpr int kPieces = 8 / kBits;  // of a stage, which is 32 bytes a lane
   static constexpr int kChunks = kPieces * 4 / kSteps;
-  static constexpr int kDepth = kChunks > 2 ? 2 : 4;  // stages under way
+  static constexpr int kDepth = kChunks > 2 ? 2 : kChunks > 1 && kTokens > 8 ? 3 : 4;  // stages under way
   static constexpr int kBlocks = kTokens / 8;
   static constexpr int kLoads = kBits / 4;  // of 16 bytes for a piece
 
@@ -216,15 +161,15 @@ struct Walk {
     }
   }
 
-  // The whole range; x: address of its first piece. `arrived(piece)` returns when pieces from this one on are
-  // there.
+  // The whole range; x: address of its first piece. `arrived(piece, count)` returns when those pieces,
+  // counted from this range's first, are there.
   template <typename F>
   __device__ __forceinline__ void run(int first, uint32_t x, F&& arrived) {
     const uint32_t token = threadIdx.x % 8, chunk = threadIdx.x % 32 / 8;
     const uint32_t x_lane[2] = {token * kRowBytes + ((chunk ^ token) << 4),
                                 token * kRowBytes + (((4 + chunk) ^ token) << 4)};
     for (int stage = first; stage < end; stage += kDepth) {
-      arrived((stage - first) * kPieces);
+      arrived((stage - first) * kPieces, min(kDepth, end - stage) * kPieces);
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
         if (stage + i >= end) break;
@@ -236,25 +181,13 @@ struct Walk {
   }
 };
 
-// Leaves four sums in the first CTA's shared memory, and tells its barrier.
-__device__ __forceinline__ void send_first(uint32_t address, const float (&value)[4], uint32_t barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, told;\n"
-      "mapa.shared::cluster.u32 there, %0, 0;\n"
-      "mapa.shared::cluster.u32 told, %5, 0;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [told];\n"
-      "}\n" ::"r"(address),
-      "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]), "r"(barrier)
-      : "memory");
+// Parts of x of a CTA, at most.
+__host__ __device__ __forceinline__ int parts_of(const Tiling& t) {
+  const int steps = t.inner * (((t.pieces + 1) / 2 + t.ranges - 1) / t.ranges);
+  return (steps * 2 + kPartPieces - 1) / kPartPieces;
 }
 
-// All CTAs of the cluster have begun, and see each other's barriers.
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Asks for the x of a range, part by part.
+// Asks for the x of a CTA, part by part.
 template <int kTokens>
 __device__ __forceinline__ void fetch_x(const CUtensorMap* map, const Tiling& t, uint32_t x,
                                         uint32_t barriers, int first, int pieces) {
@@ -305,56 +238,74 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   using Work = Walk<T, S, kBits, kTokens, kSteps>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int range = blockIdx.x % t.ranges, cluster = blockIdx.x / t.ranges;
-  const int first = t.stages * range / t.ranges, last = t.stages * (range + 1) / t.ranges;
-  const int pieces = (last - first) * Work::kPieces;
+  const int rank = blockIdx.x % t.outer, cluster = blockIdx.x / t.outer;
+  const int of_cta = warp / t.inner, range = rank * t.inner + warp % t.inner;
+  // A stage is 128 columns of 4 bits, or 64 of 8.
+  const auto border = [&](int of) {
+    return min(t.stages, range_border((t.pieces + 1) / 2, of, t.ranges) * (2 / Work::kPieces));
+  };
+  const int first = border(range), last = border(range + 1);
+  const int cta_piece = border(rank * t.inner) * Work::kPieces;
+  const int cta_pieces = border((rank + 1) * t.inner) * Work::kPieces - cta_piece;
   const uint32_t barriers = shared_address(shared), x = barriers + kHeaderBytes;
-  const uint32_t told = barriers + 8 * (kMaxParts + warp);  // of this warp's sums of other ranges
-  // The widest range decides, so that all ranks agree where sums are left.
-  const int widest = ((t.stages + t.ranges - 1) / t.ranges * Work::kPieces + kPartPieces - 1) / kPartPieces;
-  const uint32_t sums = x + widest * kPartPieces * kTokens * kRowBytes;
+  const uint32_t told = barriers + 8 * (kMaxParts + of_cta);  // of this unit's sums of other ranges
+  // The same in all CTAs of the cluster: as if one had the most pieces that there may be.
+  const uint32_t sums = x + parts_of(t) * kPartPieces * kTokens * kRowBytes;
 
   let_next_start();
   Work work{.p = p, .t = t};
-  int unit = cluster * t.warps + warp;
+  int unit = cluster * t.units_each + of_cta;
   if (unit < t.units) work.begin(unit, first, last);
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
-    for (int i = 0; i < kMaxParts + t.warps; ++i) barrier_init(barriers + 8 * i, 1);
+    for (int i = 0; i < kMaxParts; ++i) barrier_init(barriers + 8 * i, 1);
+    for (int i = 0; i < t.units_each; ++i) barrier_init(barriers + 8 * (kMaxParts + i), t.inner);
     barrier_init_done();
   }
   __syncthreads();
   wait_for_previous();
-  if (threadIdx.x == 0) fetch_x<kTokens>(&x_map, t, x, barriers, first * Work::kPieces, pieces);
-  if (t.ranges > 1) meet_cluster();
+  if (threadIdx.x == 0) fetch_x<kTokens>(&x_map, t, x, barriers, cta_piece, cta_pieces);
+  if (t.outer > 1) meet_cluster();
 
-  for (int base = cluster * t.warps; base < t.units; base += t.clusters * t.warps, unit = base + warp) {
-    const bool has_unit = unit < t.units;
-    if (has_unit) {
-      if (base != cluster * t.warps) work.begin(unit, first, last);
-      work.run(first, x, [&](int piece) {
-        if (piece % kPartPieces == 0) barrier_wait(barriers + 8 * (piece / kPartPieces), 0);
-      });
-    }
-    if (!has_unit) continue;
-    const auto place = [&](int rank, int j) {
-      return sums + (((rank - 1) * t.warps + warp) * kTokens / 8 + j) * 512 + lane * 16;
+  const int step = t.clusters * t.units_each;
+  for (int base = cluster * t.units_each; base < t.units; base += step, unit += step) {
+    if (unit >= t.units) continue;
+    if (base != cluster * t.units_each) work.begin(unit, first, last);
+    const int from = first * Work::kPieces - cta_piece;
+    work.run(first, x + from * kTokens * kRowBytes, [&](int piece, int count) {
+      const int end = (from + piece + count - 1) / kPartPieces;
+      for (int part = (from + piece) / kPartPieces; part <= end; ++part) barrier_wait(barriers + 8 * part, 0);
+    });
+    const auto place = [&](int of, int j) {
+      return sums + (((of - 1) * t.units_each + of_cta) * kTokens / 8 + j) * 512 + lane * 16;
     };
+    if (rank > 0) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) send_first_rank(place(range, j), work.total[j], told);
+      continue;
+    }
     if (range > 0) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) send_first(place(range, j), work.total[j], told);
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const float (&sum)[4] = work.total[j];
+        asm volatile("st.shared.v4.f32 [%4], {%0, %1, %2, %3};" ::"f"(sum[0]), "f"(sum[1]), "f"(sum[2]),
+                     "f"(sum[3]), "r"(place(range, j))
+                     : "memory");
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(told);
       continue;
     }
     if (t.ranges > 1) {  // then a cluster has one tile
-      if (lane == 0) barrier_arrive_expecting(told, (t.ranges - 1) * kTokens * 64);
+      if (lane == 0) barrier_arrive_expecting(told, (t.ranges - t.inner) * kTokens * 64);
       barrier_wait(told, 0);
-      for (int rank = 1; rank < t.ranges; ++rank) {
+      for (int of = 1; of < t.ranges; ++of) {
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
           float more[4];
           asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                        : "=f"(more[0]), "=f"(more[1]), "=f"(more[2]), "=f"(more[3])
-                       : "r"(place(rank, j)));
+                       : "r"(place(of, j)));
 #pragma unroll
           for (int i = 0; i < 4; ++i) work.total[j][i] += more[i];
         }
@@ -368,13 +319,24 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
 
 constexpr int kSharedBytes = 224 * 1024;
 
-// Ranges of columns: as many as give each scheduler of a large GPU two warps, and as let 16 tokens' x fit.
-// They follow from the shape alone, since bits depend on them.
-int ranges_for(int rows, int pieces) {
-  int ranges = 1;
-  while (ranges < kMaxRanges && (rows + 15) / 16 * ranges < 1024 && pieces / ranges > 8) ranges *= 2;
-  while (ranges < kMaxRanges && pieces / ranges > 5 * kPartPieces) ranges *= 2;
-  return ranges;
+// Spreads ranges and units over clusters of two CTAs, or as few more as have room for x, in one round.
+// Graphics clusters of odd size leave SMs that larger clusters cannot take (H200: of 33 clusters of four
+// about 29 fit; the others ran after them, 14336 x 4096, 16 tokens: 28 instead of 18 µs).
+template <int kTokens>
+bool spread(Tiling& t, int sms, int* shared_bytes) {
+  for (t.outer = t.ranges > 1 ? 2 : 1; t.outer <= t.ranges; ++t.outer) {
+    if (t.ranges % t.outer != 0) continue;
+    t.inner = t.ranges / t.outer;
+    const int parts = parts_of(t);
+    const int most = t.outer <= 2 ? sms / t.outer : sms * 7 / 8 / t.outer;
+    t.units_each = std::max(1, std::min(kMaxWarps / t.inner, (t.units + most - 1) / most));
+    *shared_bytes = kHeaderBytes + parts * kPartPieces * kTokens * kRowBytes +
+                    (t.ranges - 1) * t.units_each * kTokens * 64;
+    if (t.inner <= kMaxWarps && parts <= kMaxParts && *shared_bytes <= kSharedBytes) break;
+  }
+  t.clusters = (t.units + t.units_each - 1) / t.units_each;
+  if (t.ranges == 1) t.clusters = std::min(sms, t.clusters);  // they go on with the next tile, and keep x
+  return t.outer <= t.ranges;
 }
 
 template <typename T, typename S, int kBits, int kTokens, int kSteps>
@@ -385,18 +347,10 @@ cudaError_t launch_few(const QuantMatmulParams& p, int sms, cudaStream_t stream)
   t.units = (p.weight.rows + kStrip - 1) / kStrip * 4;
   t.pieces = (p.weight.columns + kPiece - 1) / kPiece;
   t.stages = (t.pieces + kPieces - 1) / kPieces;
-  t.ranges = ranges_for(p.weight.rows, t.pieces);
+  t.ranges = ranges_of(p.weight);
   t.group_steps = p.weight.group_size / 16;
-  const int most = max(1, sms / t.ranges);
-  const int parts = ((t.stages + t.ranges - 1) / t.ranges * kPieces + kPartPieces - 1) / kPartPieces;
-  const int x_bytes = kHeaderBytes + parts * kPartPieces * kTokens * kRowBytes;
-  const auto bytes = [&] { return x_bytes + (t.ranges - 1) * t.warps * kTokens * 64; };
-  t.warps = min(kMaxWarps, (t.units + most - 1) / most);
-  while (t.warps > 1 && bytes() > kSharedBytes) t.warps = (t.warps + 1) / 2;
-  const int shared_bytes = bytes();
-  if (parts > kMaxParts || shared_bytes > kSharedBytes) return cudaErrorInvalidValue;
-  t.clusters = (t.units + t.warps - 1) / t.warps;
-  if (t.ranges == 1) t.clusters = min(most, t.clusters);  // they go on with the next tile, and keep x
+  int shared_bytes = 0;
+  if (!spread<kTokens>(t, sms, &shared_bytes)) return cudaErrorInvalidValue;
   CUtensorMap x_map;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(t.whole ? kPiece : p.weight.columns),
                                static_cast<cuuint64_t>(p.tokens),
@@ -410,28 +364,18 @@ cudaError_t launch_few(const QuantMatmulParams& p, int sms, cudaStream_t stream)
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
     return error;
   }
-  const dim3 grid(static_cast<unsigned>(t.clusters * t.ranges));
-  return launch_clusters(kernel, grid, t.ranges, t.warps * 32, shared_bytes, stream, x_map, p, t);
-}
-
-// Chunks are whole groups, or parts of one: columns that share a scale.
-template <typename T, typename S, int kBits, int kTokens>
-cudaError_t by_chunk(const QuantMatmulParams& p, int sms, cudaStream_t stream) {
-  const int columns = p.weight.groups == 1 ? 128 : p.weight.group_size;
-  if constexpr (kBits == 4) {
-    if (columns % 128 == 0) return launch_few<T, S, kBits, kTokens, 8>(p, sms, stream);
-  }
-  if (columns % 64 == 0) return launch_few<T, S, kBits, kTokens, 4>(p, sms, stream);
-  return launch_few<T, S, kBits, kTokens, 1>(p, sms, stream);
+  const dim3 grid(static_cast<unsigned>(t.clusters * t.outer));
+  return launch_clusters(kernel, grid, t.outer, t.units_each * t.inner * 32, shared_bytes, stream, x_map, p,
+                         t);
 }
 
 }  // namespace
 
 cudaError_t quant_matmul_few(const QuantMatmulParams& p, DType dtype, int sms, cudaStream_t stream) {
   return by_operand_and_scale(dtype, p.weight.scale_dtype, [&]<typename T, typename S>() {
-    return by_at_least<8, 16>(p.tokens, [&]<int kTokens>() {
-      return p.weight.bits == 4 ? by_chunk<T, S, 4, kTokens>(p, sms, stream)
-                                : by_chunk<T, S, 8, kTokens>(p, sms, stream);
+    return by_chunk(p.weight, [&]<int kBits, int kSteps>() {
+      return p.tokens <= 8 ? launch_few<T, S, kBits, 8, kSteps>(p, sms, stream)
+                           : launch_few<T, S, kBits, 16, kSteps>(p, sms, stream);
     });
   });
 }
