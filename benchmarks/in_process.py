@@ -94,6 +94,9 @@ class Watched:
         self.waited_s = 0.0
         self.steps = 0
 
+    def device_bytes(self) -> int:
+        return self._runner.device_bytes()
+
     def launch(self, plan: Plan) -> Waiting:
         self.steps += 1
         return Waiting(self._runner.launch(plan), self)

@@ -95,6 +95,10 @@ class GpuRunner:
                 f"a step of --max-batch-tokens {config.max_batch_tokens} finds too little memory: {error}; lower it"
             ) from error
 
+    def device_bytes(self) -> int:
+        """What torch holds of the device's memory, in use or kept for later steps."""
+        return torch.cuda.memory_reserved(self._device)
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
         """Queue `plan`, which must not be empty, on the device, and return. Raises as `named_errors`."""
