@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from tgi_server.checkpoint.dummy import DummyCheckpoint
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.engine import Engine, Launched, Runner
 from tgi_server.engine.gpu_runner import DTYPES, GpuRunner
 from tgi_server.engine.plan import Plan, Sampled
+from tgi_server.engine.runner import CpuRunner
 from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
 from tgi_server.models import load_model
 
@@ -107,7 +108,7 @@ class InProcess:
     engine: Engine
     wire: Wire
     vocab_size: int
-    runner: GpuRunner
+    runner: GpuRunner | CpuRunner
     watched: Watched
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _count: int = 0
@@ -166,11 +167,21 @@ def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> In
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     torch.cuda.set_per_process_memory_fraction(config.memory_fraction)
     weights = (
-        DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
+        DummyCheckpoint(config.model, device, dtype)
+        if config.dummy_weights
+        else open_checkpoint(config.model)
     )
-    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype)
+    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype, config.quantize)
     wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
     gc.collect()
     gc.freeze()  # as the engine process does
     return InProcess(Engine(config, watched, wire, depth), wire, model.vocab_size, runner, watched)
+
+
+def on_cpu(config: EngineConfig, wire: Wire | None = None) -> InProcess:
+    """The same on the CPU, in fp32."""
+    wire, runner = wire or Wire(), CpuRunner(config)
+    watched = Watched(runner)
+    vocab_size = ModelConfig.from_folder(config.model).vocab_size
+    return InProcess(Engine(config, watched, wire), wire, vocab_size, runner, watched)
