@@ -19,8 +19,8 @@ from tgi_server.config import EngineConfig, ModelConfig
 from tgi_server.engine.engine import Engine, Launched, Runner
 from tgi_server.engine.gpu_runner import DTYPES, GpuRunner
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.runner import CpuRunner
 from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
+from tgi_server.engine.runner import CpuRunner
 from tgi_server.models import load_model
 
 LLAMA_3_1_8B = {

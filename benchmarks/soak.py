@@ -5,9 +5,9 @@
 
 Options after `--` go to the server. Lengths are random, beginnings are shared (prefix hits), the cache is too small
 for all clients (preemption). After a first part that warms up, and again at the end, the server is let go idle: then
-pages, file descriptors and threads must be what they were, the memory of all processes together within 1 %, the
-memory that is held on a GPU the same, and a greedy canary must say the same, as it must all the while. The exit status
-is 1 if something did not come back.
+pages, file descriptors and threads must be what they were, the memory of all processes together within 1 %, that
+held on a GPU within 16 MiB, and a greedy canary must say the same, as it must all the while. The exit status is 1 if
+something did not come back.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ _WARM_UP = 0.25  # of requests or minutes
 _SAMPLES = 12  # lines of the table
 _IDLE_WITHIN_S = 60.0
 _MOST_GROWTH = 0.01  # of memory
+_MOST_DEVICE_GROWTH = 16 << 20  # bytes: torch takes blocks of 2 MiB, as steps of new sizes come
 _FAILURES_SHOWN = 8
 _CANARY = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 12}}
 # Less than all clients together ask for: sequences are preempted.
 _SMALL_CACHE = ("--max-total-tokens", "512", "--max-batch-total-tokens", "1024")
 _ON_GPU = (
-    "--device", "cuda", "--load-format", "dummy", "--max-total-tokens", "4096", "--max-batch-total-tokens", "24576",
+    "--device", "cuda", "--load-format", "dummy", "--max-total-tokens", "4096", "--max-batch-total-tokens", "12288",
     "--max-sequences", "64", "--max-queue", "512",
 )  # fmt: skip
 _GPU_MIX = Mix(
-    clients=64, most_words=250, most_tokens=250
-)  # some 10 tokens a word: 100 000 tokens of all clients
+    clients=64, most_words=250, most_tokens=400
+)  # of all clients some 80 000 tokens: 6 to 7 a word
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def complaints(soak: Soak, before: Sample, after: Sample) -> list[str]:
         found.append("the canary changed its mind")
     if after.free_pages != before.free_pages:
         found.append(f"{after.free_pages} pages are free, {before.free_pages} were")
-    if after.device_bytes > before.device_bytes:
+    if after.device_bytes > before.device_bytes + _MOST_DEVICE_GROWTH:
         found.append(f"{after.device_bytes} bytes are held on the GPU, {before.device_bytes} were")
     if before.held.keys() != after.held.keys():
         found.append(f"processes: {', '.join(after.held)}; before: {', '.join(before.held)}")
