@@ -6,6 +6,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,17 @@ class InProcess:
 
 
 def llama_8b_on_gpu(
-    max_sequences: int, max_total_tokens: int, max_batch_tokens: int, *, fp8_cache: bool = False
+    max_sequences: int,
+    max_total_tokens: int,
+    max_batch_tokens: int,
+    *,
+    fp8_cache: bool = False,
+    quantization: Mapping[str, object] | None = None,
 ) -> InProcess:
-    """Random weights of Llama 3.1 8B's shape."""
+    """Random weights of Llama 3.1 8B's shape, in the format that `quantization`, of a config.json, tells."""
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(LLAMA_3_1_8B), encoding="utf-8")
+    config = LLAMA_3_1_8B | ({} if quantization is None else {"quantization_config": quantization})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return on_gpu(
         EngineConfig(
             model=folder,
