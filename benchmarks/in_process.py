@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import tempfile
@@ -12,15 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from tgi_server.checkpoint.dummy import DummyCheckpoint
-from tgi_server.checkpoint.safetensors import Checkpoint
+from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import EngineConfig, ModelConfig
+from tgi_server.engine import collector
 from tgi_server.engine.engine import Engine, Launched, Runner
 from tgi_server.engine.gpu_runner import DTYPES, GpuRunner
 from tgi_server.engine.plan import Plan, Sampled
-from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine
+from tgi_server.engine.request import FromEngine, GenerationRequest, StepEvents, ToEngine, TokenEvent
+from tgi_server.engine.runner import CpuRunner
 from tgi_server.models import load_model
 
 LLAMA_3_1_8B = {
@@ -48,13 +50,15 @@ LLAMA_3_1_8B = {
 
 @dataclass
 class Wire:
-    """Requests to hand over at the next step, and the time of every token that came back."""
+    """Requests to hand over at the next step, and what came back; sorted when it is asked for, not while it comes."""
 
     requests: list[ToEngine] = field(default_factory=list)
-    token_times: dict[str, list[float]] = field(default_factory=dict)
-    tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # id and logprob
-    errors: list[str] = field(default_factory=list)
     finished: int = 0
+    _said: list[tuple[float, list[TokenEvent]]] = field(default_factory=list)  # not sorted yet
+    _token_times: dict[str, list[float]] = field(default_factory=dict)
+    _tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    _errors: list[str] = field(default_factory=list)
+    _encoder: msgspec.msgpack.Encoder = field(default_factory=msgspec.msgpack.Encoder)
 
     def receive(self, timeout_s: float) -> list[ToEngine]:
         del timeout_s
@@ -62,13 +66,38 @@ class Wire:
         return arrived
 
     def send(self, message: FromEngine) -> None:
+        """Encodes it, too, which the engine's host does for every step."""
+        self._encoder.encode(message)
         if isinstance(message, StepEvents):
-            now = time.perf_counter()
-            for event in message.events:
-                self.errors += [event.error] if event.error else []
-                self.token_times.setdefault(event.id, []).extend([now] * len(event.token_ids))
-                self.tokens.setdefault(event.id, []).extend(zip(event.token_ids, event.logprobs, strict=True))
-                self.finished += event.finish is not None
+            self._said.append((time.perf_counter(), message.events))
+            self.finished += sum(event.finish is not None for event in message.events)
+
+    @property
+    def token_times(self) -> dict[str, list[float]]:
+        """By request: when each of its tokens came."""
+        self._sort()
+        return self._token_times
+
+    @property
+    def tokens(self) -> dict[str, list[tuple[int, float]]]:
+        """By request: ids and logprobs."""
+        self._sort()
+        return self._tokens
+
+    @property
+    def errors(self) -> list[str]:
+        self._sort()
+        return self._errors
+
+    def _sort(self) -> None:
+        said, self._said = self._said, []
+        for at, events in said:
+            for event in events:
+                self._errors += [event.error] if event.error else []
+                self._token_times.setdefault(event.id, []).extend([at] * len(event.token_ids))
+                self._tokens.setdefault(event.id, []).extend(
+                    zip(event.token_ids, event.logprobs, strict=True)
+                )
 
 
 class Waiting:
@@ -95,6 +124,9 @@ class Watched:
         self.waited_s = 0.0
         self.steps = 0
 
+    def device_bytes(self) -> int:
+        return self._runner.device_bytes()
+
     def launch(self, plan: Plan) -> Waiting:
         self.steps += 1
         return Waiting(self._runner.launch(plan), self)
@@ -105,7 +137,7 @@ class InProcess:
     engine: Engine
     wire: Wire
     vocab_size: int
-    runner: GpuRunner
+    runner: GpuRunner | CpuRunner
     watched: Watched
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _count: int = 0
@@ -170,11 +202,20 @@ def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> In
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     torch.cuda.set_per_process_memory_fraction(config.memory_fraction)
     weights = (
-        DummyCheckpoint(config.model, device, dtype) if config.dummy_weights else Checkpoint(config.model)
+        DummyCheckpoint(config.model, device, dtype)
+        if config.dummy_weights
+        else open_checkpoint(config.model)
     )
     model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype, config.quantize)
     wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
-    gc.collect()
-    gc.freeze()  # as the engine process does
+    collector.settle()  # as the engine process does
     return InProcess(Engine(config, watched, wire, depth), wire, model.vocab_size, runner, watched)
+
+
+def on_cpu(config: EngineConfig, wire: Wire | None = None) -> InProcess:
+    """The same on the CPU, in fp32."""
+    wire, runner = wire or Wire(), CpuRunner(config)
+    watched = Watched(runner)
+    vocab_size = ModelConfig.from_folder(config.model).vocab_size
+    return InProcess(Engine(config, watched, wire), wire, vocab_size, runner, watched)

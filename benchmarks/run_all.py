@@ -25,7 +25,13 @@ from benchmarks.harness import ROOT, Report, csrc_sha256, device_name
 
 _CLOCKS = {"clocks.sm": "MHz", "clocks.mem": "MHz", "power.draw": "W", "temperature.gpu": "°C"}
 _CPU = ("benchmarks.cpu", "benchmarks.cpu_quant", "benchmarks.frontend")
-_WHOLE_SERVERS = ("benchmarks.decode", "benchmarks.offline", "benchmarks.serving_gpu", "benchmarks.startup")
+_WHOLE_SERVERS = (
+    "benchmarks.decode",
+    "benchmarks.decode_quantised",
+    "benchmarks.offline",
+    "benchmarks.serving_gpu",
+    "benchmarks.startup",
+)
 
 
 def modules() -> list[str]:

@@ -1,12 +1,13 @@
 """Does anything grow? Mixed traffic on a server of its own, and what its processes hold before, during and after.
 
     python -m benchmarks.soak --requests 10000                        # a tiny random model, half of the clients abort
-    python -m benchmarks.soak --minutes 10 --model FOLDER -- --device cuda --load-format dummy
+    python -m benchmarks.soak --minutes 10 --gpu --name gpu            # Llama 3.1 8B's shape, random weights, on a GPU
 
 Options after `--` go to the server. Lengths are random, beginnings are shared (prefix hits), the cache is too small
 for all clients (preemption). After a first part that warms up, and again at the end, the server is let go idle: then
-pages, file descriptors and threads must be what they were, the memory of all processes together within 1 %, and a
-greedy canary must say the same, as it must all the while. The exit status is 1 if something did not come back.
+pages, file descriptors and threads must be what they were, the memory of all processes together within 1 %, that
+held on a GPU within 16 MiB, and a greedy canary must say the same, as it must all the while. The exit status is 1 if
+something did not come back.
 """
 
 from __future__ import annotations
@@ -22,22 +23,31 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
-from benchmarks.harness import ROOT, cpu_name, csrc_sha256
+from benchmarks.harness import ROOT, cpu_name, csrc_sha256, device_name
 from benchmarks.soak_traffic import Mix, Tally, drive
+from benchmarks.startup import model_folder
 
 _WARM_UP = 0.25  # of requests or minutes
 _SAMPLES = 12  # lines of the table
 _IDLE_WITHIN_S = 60.0
 _MOST_GROWTH = 0.01  # of memory
+_MOST_DEVICE_GROWTH = 16 << 20  # bytes: torch takes blocks of 2 MiB, as steps of new sizes come
 _FAILURES_SHOWN = 8
 _CANARY = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 12}}
 # Less than all clients together ask for: sequences are preempted.
 _SMALL_CACHE = ("--max-total-tokens", "512", "--max-batch-total-tokens", "1024")
+_ON_GPU = (
+    "--device", "cuda", "--load-format", "dummy", "--max-total-tokens", "4096", "--max-batch-total-tokens", "12288",
+    "--max-sequences", "64", "--max-queue", "512",
+)  # fmt: skip
+_GPU_MIX = Mix(
+    clients=64, most_words=250, most_tokens=400
+)  # of all clients some 80 000 tokens: 6 to 7 a word
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Sample:
     free_pages: int
     preemptions: int
     prefix_hit_tokens: int
+    device_bytes: int  # held on a GPU
     held: Mapping[str, Held]  # by process
     canary: str
 
@@ -125,6 +136,7 @@ class Soak:
             status["free_pages"],
             status["preemptions"],
             status["prefix_hit_tokens"],
+            status["device_bytes"],
             held,
             canary,
         )
@@ -135,7 +147,10 @@ class Soak:
             f"{one.fds:7}{one.threads:5}{one.megabytes:9.1f}"
             for one in (sample.held["front end"], sample.held["engine"])
         )
-        counts = f"{sample.preemptions:9}{sample.prefix_hit_tokens:10}{sample.free_pages:7}"
+        counts = (
+            f"{sample.preemptions:9}{sample.prefix_hit_tokens:10}{sample.free_pages:7}"
+            f"{sample.device_bytes / 2**20:9.0f}"
+        )
         return f"{sample.seconds:7.0f}{sample.requests:9}{outcomes}{counts}{held}"
 
 
@@ -144,7 +159,7 @@ _HEAD = (
     f"{'seconds':>7}{'requests':>9}"
     + "".join(f"{name:>9}" for name in _OUTCOMES)
     + f"{'preempt':>9}{'hits':>10}"
-    f"{'pages':>7}" + f"{'fds':>7}{'thr':>5}{'front MB':>9}{'fds':>7}{'thr':>5}{'eng. MB':>9}"
+    f"{'pages':>7}{'GPU MB':>9}" + f"{'fds':>7}{'thr':>5}{'front MB':>9}{'fds':>7}{'thr':>5}{'eng. MB':>9}"
 )
 
 
@@ -155,6 +170,8 @@ def complaints(soak: Soak, before: Sample, after: Sample) -> list[str]:
         found.append("the canary changed its mind")
     if after.free_pages != before.free_pages:
         found.append(f"{after.free_pages} pages are free, {before.free_pages} were")
+    if after.device_bytes > before.device_bytes + _MOST_DEVICE_GROWTH:
+        found.append(f"{after.device_bytes} bytes are held on the GPU, {before.device_bytes} were")
     if before.held.keys() != after.held.keys():
         found.append(f"processes: {', '.join(after.held)}; before: {', '.join(before.held)}")
     for name in before.held.keys() & after.held.keys():
@@ -204,32 +221,15 @@ def tiny_model() -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=0.0, help="instead of a number of requests")
-    parser.add_argument("--model", type=Path, help="folder; by default a tiny random model")
-    parser.add_argument("--clients", type=int, default=Mix.clients)
-    parser.add_argument("--most-words", type=int, default=Mix.most_words, help="of a prompt")
-    parser.add_argument("--most-tokens", type=int, default=Mix.most_tokens, help="of an answer")
-    parser.add_argument("--aborting", type=float, default=Mix.aborting, help="share of requests")
-    parser.add_argument(
-        "--sampling", type=float, default=Mix.sampling, help="share of requests; others are greedy"
-    )
-    parser.add_argument(
-        "--device", default=cpu_name(), help="what the server computes on: a folder of results/"
-    )
-    parser.add_argument("--name", help="write what was found to results/DEVICE/soak-NAME.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("server", nargs="*", help="options of the server, after --")
-    args = parser.parse_args()
-    mix = Mix(args.clients, args.most_words, args.most_tokens, args.aborting, sampling=args.sampling)
-    options = args.server or ("--device", "cpu", *_SMALL_CACHE)
-    soak, found = soaked(args.model or tiny_model(), options, mix, args.requests, args.minutes)
+    args = _arguments()
+    chosen = _GPU_MIX if args.gpu else Mix()
+    mix = replace(chosen, **{name: value for name in _MIX if (value := getattr(args, name)) is not None})
+    options = args.server or (_ON_GPU if args.gpu else ("--device", "cpu", *_SMALL_CACHE))
+    model = args.model or (model_folder() if args.gpu else tiny_model())
+    soak, found = soaked(model, options, mix, args.requests, args.minutes)
     print("\n".join(found) if found else "steady: everything came back")
     if args.name:
-        path = args.out / args.device / f"soak-{args.name}.json"
+        path = args.out / (device_name() if args.gpu else cpu_name()) / f"soak-{args.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "server": list(options), "mix": asdict(mix), "outcomes": soak.tally.outcomes,
@@ -238,6 +238,30 @@ def main() -> int:
         }  # fmt: skip
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if found else 0
+
+
+_MIX = ("clients", "most_words", "most_tokens", "aborting", "sampling")  # fields that have options
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=0.0, help="instead of a number of requests")
+    parser.add_argument(
+        "--gpu", action="store_true", help="Llama 3.1 8B's shape on a GPU, more clients, longer texts"
+    )
+    parser.add_argument("--model", type=Path, help="folder; by default a random model")
+    parser.add_argument("--clients", type=int)
+    parser.add_argument("--most-words", type=int, help="of a prompt")
+    parser.add_argument("--most-tokens", type=int, help="of an answer")
+    parser.add_argument("--aborting", type=float, help="share of requests")
+    parser.add_argument("--sampling", type=float, help="share of requests; others are greedy")
+    parser.add_argument("--name", help="write what was found to results/DEVICE/soak-NAME.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("server", nargs="*", help="options of the server, after --")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

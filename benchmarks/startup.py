@@ -30,7 +30,7 @@ LAYERS_PER_SHARD = 8  # 3.5 GB each, as on the Hub
 
 
 def model_folder(parent: Path | None = None) -> Path:
-    """config.json and a tokenizer of the right size: bytes, and made-up words nothing is merged into."""
+    """config.json, a chat template, and a tokenizer of the right size: bytes, and words nothing is merged into."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     (folder / "config.json").write_text(
         json.dumps({**LLAMA_3_1_8B, "torch_dtype": "bfloat16"}), encoding="utf-8"
@@ -42,7 +42,8 @@ def model_folder(parent: Path | None = None) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     return folder
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness import ROOT
@@ -18,13 +19,17 @@ from benchmarks.harness import ROOT
 
 @dataclass(frozen=True)
 class Target:
-    """`least` must be reached, `goal` is wished for; whether more or less is better the result says."""
+    """`least` must be reached, `goal` is wished for; whether more or less is better the result says.
+
+    of: case of the same bench and metric, of whose figure they are multiples.
+    """
 
     bench: str
     case: str
     metric: str
     least: float
     goal: float
+    of: str = ""
 
 
 _KV = "bf16 32/8/128 page16"
@@ -32,7 +37,39 @@ _LLAMA = "llama-3.1-8b bf16"
 _RAGGED_US = (63 * 1024 + 131072) * 2 * 8 * 128 * 2 / 3e12 * 1e6  # its keys and values at 3 TB/s
 _NORM_US = 8192 * 4096 * 2 * 2 / 1e12 * 1e6  # 8192 tokens read and written, at 1 TB/s
 
+_INT4, _GPTQ, _FP8 = "int4 g128", "llama-3.1-8b gptq-int4-g128", "llama-3.1-8b fp8-w8a8"
+# By in and out features: for 1 to 16 tokens.
+_FEW_US = {"4096x4096": (7.5, 4.5), "4096x28672": (28, 24), "14336x4096": (17, 13)}
+
+QUANTISED = (
+    *(
+        Target("quant_matmul", f"{_INT4} {shape} M={tokens}", "time in a chain", least, goal)
+        for shape, (least, goal) in _FEW_US.items()
+        for tokens in (1, 16)
+    ),
+    Target("quant_matmul", f"{_INT4} 4096x28672 M=64", "time", 46, 32),
+    Target("quant_matmul", f"{_INT4} 4096x28672 M=128", "time", 61, 50),
+    Target("quant_matmul", f"{_INT4} 4096x28672 M=2048", "time", 720, 680),
+    Target("quant_matmul", f"{_INT4} 4096x28672 M=8192", "time", 2870, 2780),
+    *(
+        Target("quant_matmul", f"{kind} {shape} M=1", "time in a chain", 1.35, 1.2, of=f"{_INT4} {shape} M=1")
+        for kind in ("nf4 g64", "exl2 4.0")
+        for shape in _FEW_US
+    ),
+    Target("fp8_matmul", "w8a8 per token 4096x4096 M=1 incl. rounding", "time", 11, 8),
+    Target("fp8_matmul", "w8a8 per token 4096x4096 M=2048 incl. rounding", "time", 72, 66),
+    Target("fp8_matmul", "w8a8 128x128 4096x28672 M=2048 incl. rounding", "rate", 900, 1050),
+    Target("decode_step", f"{_GPTQ} B=1", "time", 2.9, 2.2),
+    Target("decode_step", f"{_GPTQ} B=64", "time", 7.5, 6.1),
+    Target("decode_step", f"{_GPTQ} desc_act B=1", "time", 1.05, 1.01, of=f"{_GPTQ} B=1"),
+    Target("prefill", f"{_GPTQ} 1x8192", "time", 1.05, 1.05, of=f"{_LLAMA} 1x8192"),
+    Target("prefill", f"{_GPTQ} desc_act 1x8192", "time", 1.05, 1.01, of=f"{_GPTQ} 1x8192"),
+    Target("decode_step", f"{_FP8} B=1", "time", 4.3, 3.6),
+    Target("prefill", f"{_FP8} 1x8192", "time", 0.65, 0.65, of=f"{_LLAMA} 1x8192"),
+)
+
 TARGETS = (
+    *QUANTISED,
     Target("attention_decode", f"{_KV} 1x1024", "time", 9, 6),
     Target("attention_decode", f"{_KV} 1x8192", "time", 17, 14.5),
     Target("attention_decode", f"{_KV} 8x1024", "time", 17, 13.5),
@@ -56,6 +93,8 @@ TARGETS = (
     Target("sampling", "greedy B=64", "time", 30, 20),
     Target("sampling", "greedy B=256", "time", 52, 47),
     Target("decode_step", f"{_LLAMA} B=1", "time", 6.3, 5.6),
+    Target("host_step", f"{_LLAMA} B=1", "time", 1.0, 1.0),
+    Target("host_step", f"{_LLAMA} B=256", "time", 2.0, 2.0),
     Target("decode_step", f"{_LLAMA} B=8", "time", 6.8, 6.0),
     Target("decode_step", f"{_LLAMA} B=64", "time", 10.0, 9.0),
     Target("decode_step", f"{_LLAMA} B=256", "time", 21.4, 19.6),
@@ -83,12 +122,17 @@ def verdict(target: Target, value: float, better: str) -> str:
 def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     """One for each target: bench, case, metric, value, what must be, what is wished for, verdict."""
     found = {(one["bench"], one["case"], one["metric"]): one for one in records}
-    for target in TARGETS:
-        record = found.get((target.bench, target.case, target.metric))
+    for wanted in TARGETS:
+        record = found.get((wanted.bench, wanted.case, wanted.metric))
+        other = found.get((wanted.bench, wanted.of, wanted.metric))
+        unit = other["value"] if other else math.nan if wanted.of else 1.0
+        target = replace(wanted, least=wanted.least * unit, goal=wanted.goal * unit)
         shown = f"{record['value']:.4g} {record['unit']}" if record else "-"
+        is_known = record is not None and not math.isnan(unit)
+        limits = [f"{n:.4g}" if n == n else "-" for n in (target.least, target.goal)]  # noqa: PLR0124 - no NaN
         yield (
-            target.bench, target.case, target.metric, shown, f"{target.least:.4g}",
-            f"{target.goal:.4g}", verdict(target, record["value"], record["better"]) if record else "not measured",
+            target.bench, target.case, target.metric, shown, *limits,
+            verdict(target, record["value"], record["better"]) if is_known else "not measured",
         )  # fmt: skip
 
 

@@ -105,3 +105,17 @@ def test_targets_name_cases_that_benchmarks_write_and_know_which_way_is_better()
     assert len(found) == len(targets.TARGETS), "no case twice"
     assert found["sampling", "greedy B=1", "time"] == ("4.5 us", "15", "8", "goal")
     assert found["sampling", "greedy B=64", "time"][-1] == "not measured"
+
+
+def test_a_target_may_be_a_multiple_of_another_figure() -> None:
+    bf16, int4 = (
+        {"bench": "prefill", "case": f"llama-3.1-8b {name} 1x8192", "metric": "time", "value": value, "unit": "ms",
+         "better": "lower"}
+        for name, value in (("bf16", 200.0), ("gptq-int4-g128", 209.0))
+    )  # fmt: skip
+    key = ("prefill", "llama-3.1-8b gptq-int4-g128 1x8192", "time")
+    verdicts = [
+        {row[:3]: row[3:] for row in targets.rows(records)}[key] for records in ([bf16, int4], [int4], [bf16])
+    ]
+    assert verdicts[0] == ("209 ms", "210", "210", "goal")
+    assert [found[-1] for found in verdicts[1:]] == ["not measured"] * 2

@@ -47,6 +47,9 @@ class FakeRunner:
         self.last_ids: dict[int, int] = {}
         self.computed_tokens = 0
 
+    def device_bytes(self) -> int:
+        return 0
+
     def launch(self, plan: Plan) -> FakeLaunched:
         sampled = []
         fed = {work.row: self.last_ids.get(work.row, -1) for work in plan.work}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.in_process import InProcess, Wire, on_gpu
+from benchmarks.in_process import InProcess, Wire, on_cpu, on_gpu
 from tgi_server.config import EngineConfig
 from tgi_server.engine.request import FromEngine, StepEvents, TokenEvent
 
@@ -61,6 +61,10 @@ class Recorder(Wire):
 
 def engine(folder: Path, depth: int = 1, **changes: Any) -> InProcess:
     return on_gpu(replace(CONFIG, model=folder, **changes), depth, Recorder())
+
+
+def engine_on_cpu(folder: Path, **changes: Any) -> InProcess:
+    return on_cpu(replace(CONFIG, model=folder, device="cpu", **changes), Recorder())
 
 
 def events(rig: InProcess, name: str) -> list[TokenEvent]:

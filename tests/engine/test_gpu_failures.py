@@ -97,10 +97,13 @@ def test_a_share_of_the_memory_that_leaves_no_room_is_refused_with_the_numbers(l
 
 
 def test_an_illegal_access_ends_the_engine_and_its_clients_are_told(llama: Path) -> None:
-    asyncio.run(_lose_the_device(llama))
+    (right,) = answers(engine(llama), [[1, 2, 3]], new_tokens=20)
+    said = asyncio.run(_lose_the_device(llama))
+    assert 0 < len(said) < 20 and said == [token for token, _ in right[: len(said)]]
 
 
-async def _lose_the_device(llama: Path) -> None:
+async def _lose_the_device(llama: Path) -> list[int]:
+    """What was said before the device was lost."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -114,9 +117,10 @@ async def _lose_the_device(llama: Path) -> None:
     assert await client.wait_ready()
     request = GenerationRequest(id="1", prompt_ids=[1, 2, 3], max_new_tokens=200)
     began = time.monotonic()
+    said: list[int] = []
     with pytest.raises(UserError) as caught:
-        async for _ in client.submit(request):
-            pass
+        async for event in client.submit(request):
+            said += event.token_ids
     assert time.monotonic() - began < 10
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     assert client.status.phase == "failed" and "is lost" in client.status.detail
@@ -124,3 +128,4 @@ async def _lose_the_device(llama: Path) -> None:
     assert process.returncode not in (0, None)
     assert log.count("is lost") == 1
     await client.close()
+    return said

@@ -15,7 +15,7 @@ from tests.quantization import writers
 from tests.server import DEMO, running_server
 
 SECTION = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
-OPTIONS = ("--device", "cpu", "--quality-check", "--max-total-tokens", "512")
+OPTIONS = ("--quality-check", "--max-total-tokens", "512")
 
 
 @pytest.fixture(scope="module")

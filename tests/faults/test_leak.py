@@ -7,7 +7,7 @@ from benchmarks.soak_traffic import Mix
 
 REQUESTS = 2000
 # The cache holds two of the longest sequences, sixteen clients ask for many more: they are preempted.
-OPTIONS = ("--device", "cpu", "--max-total-tokens", "512", "--max-batch-total-tokens", "1024")
+OPTIONS = ("--max-total-tokens", "512", "--max-batch-total-tokens", "1024")
 
 
 def test_two_thousand_requests_half_of_them_aborted_leave_everything_as_it_was() -> None:

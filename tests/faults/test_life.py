@@ -30,7 +30,6 @@ from tests.faults.tiny_model import tensors, write_model
 from tests.server import ROOT, Server, running_server
 from tgi_server.errors import ErrorKind
 
-CPU = ("--device", "cpu")
 SHORT = {"inputs": "hello", "parameters": {"max_new_tokens": 8}}
 LONG = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 450, "stop": []}}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -64,7 +63,7 @@ def metric(server: Server, name: str) -> float:
 
 
 def test_row_79_between_the_engines_death_and_its_own_end_the_service_says_what_happened(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         server.engine.send_signal(signal.SIGKILL)
         until(lambda: get(server, "/livez")[0] == 503, "liveness to fail", 1.0)
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -78,7 +77,7 @@ def test_row_79_between_the_engines_death_and_its_own_end_the_service_says_what_
 
 
 def test_row_80_a_killed_front_end_takes_every_process_with_it(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         server.post("/v1/chat/completions", CHAT)
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert len(children) == 2
@@ -88,7 +87,7 @@ def test_row_80_a_killed_front_end_takes_every_process_with_it(model: Path) -> N
 
 
 def test_row_81_a_stopped_engine_is_not_ready_and_goes_on_where_it_was(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         expected = list(server.stream("/generate_stream", LONG))[-1]
         stream = server.stream("/generate_stream", LONG)
         next(stream)
@@ -104,7 +103,7 @@ def test_row_81_a_stopped_engine_is_not_ready_and_goes_on_where_it_was(model: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_row_81_liveness_fails_after_half_a_minute_of_silence_and_comes_back(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         server.engine.suspend()
         began = time.monotonic()
         until(lambda: get(server, "/livez")[0] == 503, "liveness to fail", 45)
@@ -115,7 +114,7 @@ def test_row_81_liveness_fails_after_half_a_minute_of_silence_and_comes_back(mod
 
 
 def test_row_83_a_signal_to_every_process_lets_requests_finish(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         server.post("/v1/chat/completions", CHAT)
         expected = list(server.stream("/generate_stream", LONG))[-1]
         stream = server.stream("/generate_stream", LONG)
@@ -129,7 +128,7 @@ def test_row_83_a_signal_to_every_process_lets_requests_finish(model: Path) -> N
 @contextmanager
 def starting(model: Path | str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A server that has only just been started."""
-    command = [sys.executable, "-m", "tgi_server.cli", "serve", str(model), *CPU, "--port", "0"]
+    command = [sys.executable, "-m", "tgi_server.cli", "serve", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env)
     try:
         yield process
@@ -166,7 +165,7 @@ def test_row_82_a_signal_while_the_model_is_fetched_ends_it_at_once(
 
 
 def test_row_85_signals_that_mean_nothing_change_nothing(model: Path) -> None:
-    with running_server(*CPU, model=model) as server:
+    with running_server(model=model) as server:
         expected = server.post("/generate", SHORT)
         stream = server.stream("/generate_stream", LONG)
         next(stream)
@@ -191,11 +190,11 @@ def poisoned(folder: Path, name: str, row: int, value: float) -> Path:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_row_89_a_poisoned_token_fails_its_own_requests_alone(tmp_path: Path, value: float) -> None:
     clean, good = write_model(tmp_path / "clean", eos_token_id=None), {"inputs": "good", **_max(40)}
-    with running_server(*CPU, model=clean) as server:
+    with running_server(model=clean) as server:
         expected = server.post("/generate", good)["generated_text"]
     # "Q" is in no answer of this model to "good"; its vector is damaged.
     folder = poisoned(tmp_path / "poisoned", "model.embed_tokens.weight", token("Q", clean), value)
-    with running_server(*CPU, model=folder) as server:
+    with running_server(model=folder) as server:
         with ThreadPoolExecutor(4) as pool:
             for _ in range(3):
                 others = [pool.submit(answer, server, good) for _ in range(4)]
@@ -242,7 +241,7 @@ def test_row_89_a_poisoned_head_never_becomes_an_answer(
     tmp_path: Path, value: float, parameters: dict[str, object]
 ) -> None:
     folder = poisoned(tmp_path, "lm_head.weight", 7, value)
-    with running_server(*CPU, model=folder) as server:
+    with running_server(model=folder) as server:
         body = {"inputs": "hello", "parameters": {"max_new_tokens": 30, **parameters}}
         assert failure(server, "/generate", body) == (424, "generation")
         assert failure(server, "/generate_stream", body) == (424, "generation")
@@ -257,12 +256,12 @@ def test_row_89_a_poisoned_head_never_becomes_an_answer(
 def test_row_89_damage_within_an_answer_ends_its_stream_with_an_error(tmp_path: Path) -> None:
     """The third token of this answer is the one whose vector is damaged."""
     clean = write_model(tmp_path / "clean", eos_token_id=None)
-    with running_server(*CPU, model=clean) as server:
+    with running_server(model=clean) as server:
         events = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
     ids = [event["token"]["id"] for event in events]
     at = next(i for i, token_id in enumerate(ids) if i >= 2 and token_id not in ids[:i])
     folder = poisoned(tmp_path / "poisoned", "model.embed_tokens.weight", ids[at], float("nan"))
-    with running_server(*CPU, model=folder) as server:
+    with running_server(model=folder) as server:
         got = list(server.stream("/generate_stream", {"inputs": "hello", **_max(12)}))
     assert [event["token"]["id"] for event in got[:-1]] == ids[: at + 1]
     assert got[-1]["error_type"] == ErrorKind.GENERATION.value
@@ -270,7 +269,7 @@ def test_row_89_damage_within_an_answer_ends_its_stream_with_an_error(tmp_path: 
 
 def test_row_89_weights_of_nan_start_and_refuse(tmp_path: Path) -> None:
     weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors().items()}
-    with running_server(*CPU, model=write_model(tmp_path, weights)) as server:
+    with running_server(model=write_model(tmp_path, weights)) as server:
         assert failure(server, "/generate", SHORT) == (424, "generation")
         assert get(server, "/health")[0] == 200
 
@@ -293,7 +292,7 @@ def filled_pipe() -> tuple[int, int]:
 
 @contextmanager
 def server_with_output(model: Path, output: int, port: int) -> Iterator[Server]:
-    command = [sys.executable, "-m", "tgi_server.cli", "serve", str(model), *CPU, "--port", str(port)]
+    command = [sys.executable, "-m", "tgi_server.cli", "serve", str(model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT)
     server = Server(process, f"http://127.0.0.1:{port}", Path(os.devnull))
     try:

@@ -79,7 +79,8 @@ def test_row_26_tls_and_the_wrong_kind_of_client(tmp_path: Path) -> None:
 
 def test_row_83_running_requests_finish_and_new_ones_are_sent_elsewhere() -> None:
     with running_server("--graceful-termination-timeout", "60") as server:
-        stream = server.stream("/generate_stream", SHORT)
+        body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": server.tokens_in(2.0)}}
+        stream = server.stream("/generate_stream", body)
         next(stream)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)

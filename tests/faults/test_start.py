@@ -101,7 +101,7 @@ def get_health(host: str, port: int) -> int:
 def test_row_91_ipv6_addresses_are_served(model: Path, host: str, reached_by: list[str]) -> None:
     if not socket.has_ipv6:
         pytest.skip("there is no IPv6 here")
-    with running_server(*CPU, "--host", host, model=model) as server:
+    with running_server("--host", host, model=model) as server:
         assert f"http://[{host}]:" in server.url
         port = int(server.url.rsplit(":", 1)[1])
         assert [get_health(address, port) for address in reached_by] == [200] * len(reached_by)
@@ -132,7 +132,7 @@ def answers(server: Server) -> bool:
 def test_row_93_a_root_nobody_may_write_and_a_user_without_name_and_home(model: Path) -> None:
     prefix = [*in_namespace("mount -o remount,bind,ro /"), *as_nobody()]
     environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    with running_server(*CPU, model=model, prefix=prefix, environment=environment) as server:
+    with running_server(model=model, prefix=prefix, environment=environment) as server:
         assert answers(server)
         chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         assert server.post("/v1/chat/completions", chat)["choices"]
@@ -142,13 +142,13 @@ def test_row_92_full_temporary_folders_change_nothing(model: Path, tmp_path: Pat
     (tmp_path / "model").symlink_to(model)
     inside = "mount -t tmpfs -o size=4k none /dev/shm; (yes > /dev/shm/full) 2>/dev/null || true"
     environment = {**os.environ, "TMPDIR": "/dev/shm"}
-    with running_server(*CPU, model=model, prefix=in_namespace(inside), environment=environment) as server:
+    with running_server(model=model, prefix=in_namespace(inside), environment=environment) as server:
         assert answers(server)
 
 
 def test_row_93_no_shared_memory_is_needed(model: Path) -> None:
     prefix = in_namespace("mount -t tmpfs -o size=4k,ro none /dev/shm")
-    with running_server(*CPU, model=model, prefix=prefix) as server:
+    with running_server(model=model, prefix=prefix) as server:
         assert answers(server)
 
 
@@ -168,7 +168,7 @@ def answers_soon(server: Server, within_s: float = 10.0) -> bool:
 
 
 def test_row_94_a_low_limit_of_files_is_announced_and_survived(model: Path) -> None:
-    with running_server(*CPU, model=model, prefix=with_limit("nofile=256:256")) as server:
+    with running_server(model=model, prefix=with_limit("nofile=256:256")) as server:
         assert (
             "the limit of open files is 256: more than 224 clients at once will be turned away" in server.log
         )
@@ -249,7 +249,7 @@ def test_row_97_an_index_that_is_not_there_is_said_by_the_engine(model: Path, vi
 )
 def test_row_113_odd_paths_are_served(tmp_path: Path, name: str) -> None:
     folder = write_model(tmp_path / name)
-    with running_server(*CPU, model=folder) as server:
+    with running_server(model=folder) as server:
         assert answers(server)
         assert server.get("/info")["model_id"] == folder.name
 
@@ -291,7 +291,7 @@ def test_row_114_code_in_a_checkpoint_is_never_run(
     for file in ("evil.py", "configuration_own.py", "modeling_own.py", "__init__.py", "conftest.py"):
         (folder / file).write_text(CANARY_CODE.format(path=str(tmp_path / "canary")))
     if model_type == "llama":
-        with running_server(*CPU, *trusting, model=folder) as server:
+        with running_server(*trusting, model=folder) as server:
             assert answers(server)
     else:
         command = [

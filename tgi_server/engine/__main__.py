@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.headers import stored_tensors, tensor_files
 from tgi_server.checkpoint.source import open_checkpoint
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig
+from tgi_server.engine import collector
 from tgi_server.engine.channel import Channel, PeerGone
 from tgi_server.engine.engine import Engine, Runner
 from tgi_server.engine.failures import DeviceLost
@@ -86,9 +86,7 @@ def _serve(config: EngineConfig, channel: Channel) -> None:
         hint = f": {TOO_FEW_PROCESSES}" if os.strerror(errno.EAGAIN) in str(error) else ""
         raise StartupError(f"the model cannot be loaded: {error}{hint}") from None
     log.info("%s", startup.summary())
-    # The collector need not walk what loading made: half of a step's host time at 256 sequences was that.
-    gc.collect()
-    gc.freeze()
+    collector.settle()
     # While the GPU computes a step the next one is planned; a CPU has nothing to overlap.
     try:
         Engine(config, runner, channel, depth=0 if config.device == "cpu" else 1).run()

@@ -55,6 +55,9 @@ class Runner(Protocol):
     num_pages: int  # of KV cache, what the device has room for
     matrices: dict[str, str]  # format and kernel by group of the model's matrices
 
+    def device_bytes(self) -> int:
+        """Of a GPU's memory, what is held; 0 where there is none."""
+
     def launch(self, plan: Plan) -> Launched:
         """Start computing; returns at once where the device is asynchronous.
 
@@ -214,6 +217,7 @@ class Engine:
                 total_pages=self._pool.total,
                 cpu_isa=self._cpu_isa,
                 matrices=self._matrices,
+                device_bytes=self._runner.device_bytes(),
                 **asdict(self._scheduler.counts),
                 **asdict(self._steps),
             )

@@ -95,12 +95,18 @@ class GpuRunner:
                 f"a step of --max-batch-tokens {config.max_batch_tokens} finds too little memory: {error}; lower it"
             ) from error
 
+    def device_bytes(self) -> int:
+        """What torch holds of the device's memory, in use or kept for later steps."""
+        return torch.cuda.memory_reserved(self._device)
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Fetched:
         """Queue `plan`, which must not be empty, on the device, and return. Raises as `named_errors`."""
         with named_errors(self._device):
-            self._sampler.read(plan)
-            return self._mixed(plan) if plan.has_prompts else self._decode(plan)
+            if not plan.has_prompts:
+                return self._decode(plan)
+            self._sampler.read(plan)  # new sequences come with prompts
+            return self._mixed(plan)
 
     def _decode(self, plan: Plan) -> Fetched:
         self._builder.extend(plan)

@@ -107,6 +107,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     detail: str = ""
     cpu_isa: str = ""  # the instruction set of the kernels on a CPU
     matrices: dict[str, str] = {}  # format and kernel by group of matrices; see `layers.kinds`
+    device_bytes: int = (
+        0  # of a GPU's memory: held for weights, cache and steps, kernels and driver not counted
+    )
     # Counted since the engine started, for `/metrics`.
     prompt_tokens: int = 0  # of prompts begun
     prefix_hit_tokens: int = 0  # of those, found in the cache

@@ -55,6 +55,9 @@ class CpuRunner:
             config.max_sequences, config.max_total_tokens, model_config.vocab_size, torch.device("cpu")
         )
 
+    def device_bytes(self) -> int:
+        return 0
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Compute `plan`, which must not be empty."""

@@ -146,7 +146,7 @@ class Scheduler:
             if count == 0 or sequence.row < 0 or not self._grow(sequence, sequence.scheduled + count):
                 continue
             if wanted == 1 and not guesses:
-                decodes.append(self._work(sequence, 1, guesses))
+                decodes.append(self._decode(sequence) if sequence.fed else self._work(sequence, 1))
             else:
                 chunk_budget -= count if wanted > 1 else len(guesses)
                 chunks.append(self._work(sequence, count - len(guesses), guesses))
@@ -225,6 +225,19 @@ class Scheduler:
             return []
         left = sequence.request.max_new_tokens - sequence.generated - 1
         return self._guess(sequence.tokens)[: min(left, most)]
+
+    @staticmethod
+    def _decode(sequence: Sequence) -> Work:
+        """The next step's share of a sequence whose last token is on the device: that token. As `_work`, but quick."""
+        request, start, first_page = sequence.request, sequence.scheduled, sequence.handed_over
+        pages = sequence.pages
+        sequence.handed_over = len(pages)
+        sequence.scheduled = start + 1
+        sequence.pending += 1
+        return Work(
+            request.id, sequence.epoch, sequence.row, start, 1, [], first_page, pages[first_page:], True,
+            request.adapter, None, request.top_logprobs,
+        )  # fmt: skip
 
     def _work(self, sequence: Sequence, known: int, guesses: list[int] | None = None) -> Work:
         """The next step's share of a sequence: `known` of its tokens, and guesses of what follows them."""
@@ -349,11 +362,13 @@ class Scheduler:
             if len(tokens) >= limit:
                 finish = FinishReason.LENGTH
                 break
-        taken = len(tokens) - before
-        news = (request.id, result.token_ids[:taken], result.logprobs[:taken], finish, "", result.top[:taken])
+        ids, logprobs, top = result.token_ids, result.logprobs, result.top
+        if (taken := len(tokens) - before) < len(ids):
+            ids, logprobs, top = ids[:taken], logprobs[:taken], top[:taken]
         if before > first:
-            return TokenEvent(*news)
-        return TokenEvent(*news, sequence.prompt_logprobs, sequence.prompt_top, sequence.queued_s)
+            return TokenEvent(request.id, ids, logprobs, finish, "", top)
+        prompt = sequence.prompt_logprobs, sequence.prompt_top
+        return TokenEvent(request.id, ids, logprobs, finish, "", top, *prompt, sequence.queued_s)
 
     def _publish(self, sequence: Sequence) -> None:
         """Put pages that are full and computed into the prefix index."""
@@ -363,7 +378,7 @@ class Scheduler:
             self._pool.publish(
                 sequence.pages[index], key, sequence.parent_of_page(index), sequence.page_tokens(index)
             )
-            sequence.published += 1
+            sequence.published = index + 1
 
 
 _NOT_A_NUMBER = (
