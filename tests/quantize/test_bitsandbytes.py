@@ -17,13 +17,14 @@ from tests.quantization.test_formats import Held
 from tests.quantization.test_served import TOKENS, load
 from tests.quantize.test_command import make_model, model, quantize
 from tests.quantize.test_solve import inputs, weight
-from tgi_kernels.quant_weight import dequantise
+from tgi_kernels.quant_weight import dequantise, table
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import find_scheme
 from tgi_server.quantization.on_load import ON_LOAD
 from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod, dynamic_map
+from tgi_server.quantize.table_grid import TableGrid
 
 __all__ = ["inputs", "model", "weight"]
 
@@ -122,6 +123,17 @@ def test_statistics_of_the_inputs_keep_products_nearer_than_rounding_does(
         float((inputs @ (dequantise(made, torch.float32) - weight).T).norm()) for made in (found, plain)
     )
     assert ours < 0.6 * other
+
+
+def test_a_scale_below_zero_turns_the_table_round_where_that_is_nearer() -> None:
+    numbers = table("nf4")
+    weight = torch.stack([numbers, -numbers]).repeat(1, 4) * 0.3
+    grid = TableGrid(numbers, 64)
+    scales, zeros = grid.fit(weight, torch.ones(64))
+    torch.testing.assert_close(scales, torch.tensor([[0.3], [-0.3]]))
+    torch.testing.assert_close(grid.nearest(weight, scales, zeros) * scales, weight)
+    even = TableGrid(torch.tensor([-1.0, 0.0, 1.0]), 64)
+    assert bool((even.fit(weight, torch.ones(64))[0] > 0).all()), "nothing to turn round"
 
 
 def leaves_of(weight: Tensor, hessian: Tensor | None) -> dict[str, Tensor]:

@@ -12,16 +12,20 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from tests.quantization.test_served import TOKENS, load
 from tests.quantize.test_command import model, quantize
+from tests.quantize.test_solve import inputs, weight
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.checkpoint.safetensors import Checkpoint
 from tgi_server.config import ModelConfig
 from tgi_server.quantization.byte_codes import nearest_e4m3, nearest_int8
 from tgi_server.quantization.detect import find_scheme
+from tgi_server.quantize.methods.compressed_tensors import Fp8Method
 
-__all__ = ["model"]
+__all__ = ["inputs", "model", "weight"]
 
 METHODS = {
-    "fp8": ["--method", "fp8"],
+    "fp8": ["--method", "fp8", "--samples", "4"],
+    "fp8 without statistics": ["--method", "fp8", "--samples", "0"],
+    "w8a8": ["--method", "w8a8"],
     "w8a16": ["--method", "w8a16"],
     "w8a16 in groups": ["--method", "w8a16", "--group-size", "32"],
 }
@@ -65,9 +69,19 @@ def test_what_is_written_is_served_and_loaded_by_transformers_as_what_it_stands_
 # ---- codes
 
 
-@pytest.fixture
-def weight() -> Tensor:
-    return torch.randn(48, 192, generator=torch.Generator().manual_seed(1)) * 0.1
+def test_float8_by_statistics_loses_far_less_of_the_products_than_rounding(
+    weight: Tensor, inputs: Tensor
+) -> None:
+    weight[5] = 0
+
+    def lost(hessian: Tensor | None) -> float:
+        tensors = Fp8Method().quantise({"m": weight.clone()}, hessian)
+        assert tensors["m.weight"].dtype == torch.float8_e4m3fn and tensors["m.weight_scale"].shape == (48, 1)
+        dense = tensors["m.weight"].float() * tensors["m.weight_scale"].float()
+        assert bool(dense.isfinite().all()) and not dense[5].any()
+        return float((inputs @ (dense - weight).T).norm())
+
+    assert lost(inputs.T @ inputs) < 0.6 * lost(None)
 
 
 def test_float8_is_the_nearest_number_and_reaches_the_largest(weight: Tensor) -> None:

@@ -134,6 +134,10 @@ def test_eval_compares_with_a_base(model: Path, tmp_path: Path, capsys: pytest.C
     assert cli.main(["eval", str(model), "--against", str(model), *arguments]) == 0
     same = capsys.readouterr().out
     assert "same likeliest token" in same and "100.0%" in same and "verdict: good" in same
+    assert cli.main(["eval", str(model), "--against", str(model), "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agreement"] == 1 and found["tokens"] == 62 and found["verdict"].startswith("good")
+    assert found["perplexity"] == found["base_perplexity"] and len(found["layer_errors"]) == 2
     assert quantize(model, tmp_path / "out", "--bits", "2", "--method", "nearest", *GRID) == 0
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "out"), "--against", str(model), *arguments]) == 0
@@ -177,6 +181,8 @@ def test_an_option_that_means_nothing_to_the_method_is_refused(
     assert "--desc-act means nothing to --method nearest, which takes --bits" in capsys.readouterr().err
     assert quantize(model, tmp_path / "out", "--bits", "5") == 2
     assert "--bits is 5; gptq has 2, 3, 4, 8" in capsys.readouterr().err
+    assert quantize(model, tmp_path / "out", "--samples", "0") == 2
+    assert "--samples is 0; --method gptq needs 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -33,11 +33,15 @@ def numbers(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy((each << np.arange(bits)).sum(2))
 
 
-def dense_of_gptq(part: dict[str, Tensor], bits: int) -> Tensor:
+def dense_of_gptq(part: dict[str, Tensor], bits: int, zero_shift: int = 1) -> Tensor:
     codes = numbers(part["qweight"].T, bits)
-    zeros = numbers(part["qzeros"], bits).T + 1
+    zeros = numbers(part["qzeros"], bits).T + zero_shift
     group = part["g_idx"].long()
     return (codes - zeros[:, group]).double() * part["scales"].T[:, group].double()
+
+
+def dense_of_gptq_v2(part: dict[str, Tensor], bits: int) -> Tensor:
+    return dense_of_gptq(part, bits, zero_shift=0)
 
 
 def dense_of_awq(part: dict[str, Tensor], _bits: int) -> Tensor:
@@ -55,12 +59,13 @@ def dense_of_awq(part: dict[str, Tensor], _bits: int) -> Tensor:
 @pytest.mark.parametrize(
     ("more", "bits", "dense_of"),
     [
-        (["--asymmetric"], 4, dense_of_gptq),
+        ([], 4, dense_of_gptq),
+        (["--asymmetric"], 4, dense_of_gptq_v2),
         (["--desc-act", "--bits", "3"], 3, dense_of_gptq),
         (["--bits", "8"], 8, dense_of_gptq),
         (["--method", "awq", "--group-size", "32", "--samples", "4"], 4, dense_of_awq),
     ],
-    ids=["gptq", "gptq, 3 bits, desc_act", "gptq, 8 bits", "awq"],
+    ids=["gptq", "gptq, zero points", "gptq, 3 bits, desc_act", "gptq, 8 bits", "awq"],
 )
 def test_another_reader_gets_the_same_logits(
     tmp_path: Path, more: list[str], bits: int, dense_of: object

@@ -17,6 +17,7 @@ class Kind:
 
     help: str
     takes: Mapping[str, object]  # those of OPTIONS that mean something to it, and their defaults
+    needs_text: bool = True  # if it takes samples: whether none of them will not do
 
 
 OPTIONS: Final = ("bits", "group_size", "asymmetric", "desc_act", "samples")  # not for every method
@@ -35,7 +36,15 @@ METHODS: Final[Mapping[str, Kind]] = {
         "bitsandbytes' NF4 with double quantisation, 4.13 bits a weight, by GPTQ's way", {"samples": 128}
     ),
     "int8": Kind("bitsandbytes' LLM.int8: a scale for each row", {}),
-    "fp8": Kind("float8 (e4m3) by plain rounding, a scale a row, in compressed-tensors' layout", {}),
+    "fp8": Kind(
+        "float8 (e4m3) by GPTQ's way (0 samples: by plain rounding), a scale a row, in compressed-tensors' layout",
+        {"samples": 32},
+        needs_text=False,
+    ),
+    "w8a8": Kind(
+        "8 bits by plain rounding, a scale a row, in compressed-tensors' layout; others round activations too",
+        {},
+    ),
     "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
     "exl2": Kind(
         "EXL2: the bits that are asked for on average, most where they pay most",
@@ -74,11 +83,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--against", metavar="BASE", help="folder or Hub id of the model it should be like")
     _add_text(parser, "--text", "text to measure by; its last fifth is used", 32)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
 def settle(args: argparse.Namespace) -> None:
     """Give what was left out the defaults of its method. Raises StartupError for what the method does not take."""
-    takes = METHODS[args.method].takes
+    kind = METHODS[args.method]
+    takes = kind.takes
     for option in OPTIONS:
         if getattr(args, option) is None:
             setattr(args, option, takes.get(option))
@@ -87,6 +98,8 @@ def settle(args: argparse.Namespace) -> None:
             raise StartupError(
                 f"{_dashed(option)} means nothing to --method {args.method}, which takes {own}; leave it out"
             )
+    if args.samples is not None and args.samples < (least := 1 if kind.needs_text else 0):
+        raise StartupError(f"--samples is {args.samples}; --method {args.method} needs {least} or more")
 
 
 def _add_text(parser: argparse.ArgumentParser, name: str, what: str, samples: int | None) -> None:

@@ -38,7 +38,8 @@ def run_eval(args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     pieces = windows(folder, args.text, args.samples, args.length, held_back=True)
     base = forward_of(model_folder(args.against), args.length) if args.against else None
-    print(*evaluate(forward_of(folder, args.length), pieces, base).lines(), sep="\n")
+    quality = evaluate(forward_of(folder, args.length), pieces, base)
+    print(*([quality.as_json()] if args.json else quality.lines()), sep="\n")
 
 
 def forward_of(folder: Path, tokens: int) -> Forward:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import torch
@@ -61,6 +62,15 @@ class Quality:
                 (f"error of layer {layer}", f"{self.layer_errors[layer]:.1%}") for layer in worst[:_WORST]
             )
         return [f"{name:<24}{value:>14}" for name, value in rows] + [f"verdict: {self.verdict}"]
+
+    def as_json(self) -> str:
+        """All of it as one object on one line; numbers that JSON does not have are null."""
+        named = asdict(self) | {"verdict": self.verdict}
+        found = {
+            name: None if isinstance(it, float) and not math.isfinite(it) else it
+            for name, it in named.items()
+        }
+        return json.dumps(found)
 
 
 def evaluate(model: Forward, texts: Sequence[Tensor], base: Forward | None = None) -> Quality:

@@ -30,6 +30,10 @@ class Grid:
         """Scales and zero points to begin with, see `fit`."""
         return fit(weight, self, importance)
 
+    def held(self, scales: Tensor) -> Tensor:
+        """Scales as they are stored, in float16; float32."""
+        return scales.half().float()
+
     def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The nearest codes, as float32; shapes broadcast."""
         return round_to(weight, scale, zero, self.bits)

@@ -21,7 +21,9 @@ _STEPS: Final = tuple(
 )  # of a range, to round the many better than the largest
 _TOPS: Final = (1.0, 0.92, 0.84)  # of the largest step of a group, to hold the others in four bits better
 _NEAR: Final = (-1, 0, 1)  # beside the nearest scale that there is
-_TURNS: Final = 2  # of codes, after the first choice
+_TURNS: Final = (
+    6  # of codes, after the first choice; error of 3 to 5 bits: 26.3 ‰ with 2, 25.4 with 6, 25.2 with 8
+)
 
 
 @dataclass(frozen=True)

@@ -139,10 +139,9 @@ class Solution:
         pairs = pairs.double()
         diagonal = pairs.diagonal(dim1=1, dim2=2)
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-12
-        found = torch.linalg.solve(pairs, aims.double()).half().float()
+        found = self._grid.held(torch.linalg.solve(pairs, aims.double()).float())
         # A group whose codes hardly matter may get any scale; it keeps the one it has.
-        sane = (found / self.scales - 1).abs() < 0.5
-        self.scales = torch.where(sane & (found > 0), found, self.scales)
+        self.scales = torch.where((found / self.scales - 1).abs() < 0.5, found, self.scales)
 
     def _rounded(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes of a column, and what it has more than they mean; [out] each."""

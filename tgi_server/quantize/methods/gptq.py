@@ -35,8 +35,10 @@ class GptqMethod:
 
     @property
     def scheme(self) -> Gptq:
+        """Zero points of the second version: of the first gptqmodel loads its own alone."""
         grid = self.grid
-        return Gptq(grid.bits, grid.group_size, grid.is_symmetric, grid.orders_columns, zero_shift=1)
+        shift = 1 if grid.is_symmetric else 0
+        return Gptq(grid.bits, grid.group_size, grid.is_symmetric, grid.orders_columns, zero_shift=shift)
 
     def check(self, where: str, in_features: int) -> None:
         group_count(where, in_features, self.grid.group_size)
