@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def bench_shape(
             what = "incl. rounding" if rounds else "alone"
             case = f"w8a8 {kind} {in_features}x{out_features} M={tokens} {what}"
             if tokens > SUSTAINED:
-                taken = time_sustained(lambda r=rounds: product(sets[0], rounds=r)).median_s * 1e6
+                taken = time_sustained(partial(product, sets[0], rounds=rounds)).median_s * 1e6
                 theirs = (
                     None if in_blocks or rounds else {"torch._scaled_mm": scaled_mm(rounded, sets[0], out)}
                 )
@@ -56,7 +58,7 @@ def bench_shape(
                 rate = work / taken / 1e6
                 report.add("fp8_matmul", case, rate, metric="rate", unit="TFLOP/s", better="higher")
                 continue
-            launches = [lambda one=one, r=rounds: product(one, rounds=r) for one in sets]
+            launches = [partial(product, one, rounds=rounds) for one in sets]
             report.add("fp8_matmul", case, time_isolated(launches, 10).median_s * 1e6, roof=roof)
             chained = time_chain(launches, 10).median_s * 1e6
             report.add("fp8_matmul", case, chained, metric="time in a chain", roof=roof)
