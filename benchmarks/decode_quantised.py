@@ -33,11 +33,13 @@ class Format:
     config: Mapping[str, object]
     weight_bytes: float  # of a weight, its share of scales included
     vllm_ms: Mapping[int, float]  # by sequences
+    deterministic: bool = False
 
 
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 FORMATS = {
     "gptq-int4-g128": Format(_GPTQ, 0.5 + 4 / 128, {1: 4.20, 64: 8.69}),
+    "gptq-int4-g128 deterministic": Format(_GPTQ, 0.5 + 4 / 128, {}, deterministic=True),
     "gptq-int4-g128 desc_act": Format(_GPTQ | {"desc_act": True}, 0.5 + 4 / 128, {}),
 }
 
@@ -51,7 +53,7 @@ def bench(report: Report, roofs: Roofs) -> None:
 
 
 def bench_format(report: Report, roofs: Roofs, name: str, form: Format) -> None:
-    engine = llama_8b_on_gpu(256, 16384, PROMPT, quantization=form.config)
+    engine = llama_8b_on_gpu(256, 16384, PROMPT, quantization=form.config, deterministic=form.deterministic)
     print(f"{name}: {engine.runner.matrices}")
     engine.warm_up(PROMPT)
     for batch in (1, 64):

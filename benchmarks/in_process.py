@@ -175,6 +175,7 @@ def llama_8b_on_gpu(
     *,
     fp8_cache: bool = False,
     quantization: Mapping[str, object] | None = None,
+    deterministic: bool = False,
 ) -> InProcess:
     """Random weights of Llama 3.1 8B's shape, in the format that `quantization`, of a config.json, tells."""
     folder = Path(tempfile.mkdtemp())
@@ -193,6 +194,7 @@ def llama_8b_on_gpu(
             device="cuda",
             dummy_weights=True,
             fp8_cache=fp8_cache,
+            deterministic=deterministic,
         )
     )
 
@@ -206,7 +208,14 @@ def on_gpu(config: EngineConfig, depth: int = 1, wire: Wire | None = None) -> In
         if config.dummy_weights
         else open_checkpoint(config.model)
     )
-    model = load_model(weights, ModelConfig.from_folder(config.model), device, dtype, config.quantize)
+    model = load_model(
+        weights,
+        ModelConfig.from_folder(config.model),
+        device,
+        dtype,
+        config.quantize,
+        deterministic=config.deterministic,
+    )
     wire, runner = wire or Wire(), GpuRunner(config, model, dtype)
     watched = Watched(runner)
     collector.settle()  # as the engine process does

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
 from tgi_kernels.activation import Gate
-from tgi_kernels.matmul import GATED
+from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant_cpu import PackedCpu, fits_cpu, pack_cpu
-from tgi_kernels.quant_cuda import PackedCuda, fits_cuda, pack_cuda, quant_matmul
-from tgi_kernels.quant_runs import PackedRuns, fits_runs, pack_runs, runs_matmul
+from tgi_kernels.quant_cuda import PackedCuda, dequantise_packed, fits_cuda, pack_cuda, quant_matmul
+from tgi_kernels.quant_runs import PackedRuns, dequantise_runs, fits_runs, pack_runs, runs_matmul
 from tgi_kernels.quant_segments import Segments
+from tgi_kernels.quant_size import FUSED_PIECES_TOKENS, FUSED_RUNS_TOKENS
 from tgi_kernels.quant_weight import QuantWeight
 
 register_fakes(
@@ -30,18 +33,22 @@ def fits_kernels(weight: QuantWeight | Segments) -> bool:
     return fits_cuda(weight) or fits_runs(weight) if weight.codes.is_cuda else fits_cpu(weight)
 
 
-def pack_quant(weight: QuantWeight | Segments, dtype: torch.dtype = torch.float32) -> PackedQuant:
+def pack_quant(
+    weight: QuantWeight | Segments, dtype: torch.dtype = torch.float32, *, deterministic: bool = False
+) -> PackedQuant:
     """Lays a weight out for `quant_linear`, once, at load, on the weight's device.
 
     dtype: of activations; on CPUs float32. Raises ValueError for what the kernels cannot hold.
-    On GPUs integers of 4 and 8 bits have the kernels that keep bits for any number of tokens; `runs_matmul`, for all
-    else, keeps them up to 64.
+    On GPUs products of many tokens are quicker with the dense matrix, made for each; their bits are others. With
+    `deterministic` none is made, and bits do not depend on the number of tokens. On CPUs they never do.
     """
-    if isinstance(weight, Segments):
-        return pack_runs(weight, dtype)
-    if not weight.codes.is_cuda:
+    if isinstance(weight, QuantWeight) and not weight.codes.is_cuda:
         return pack_cpu(weight)
-    return pack_cuda(weight, dtype) if fits_cuda(weight) else pack_runs(weight, dtype)
+    if isinstance(weight, QuantWeight) and fits_cuda(weight):
+        pieces = pack_cuda(weight, dtype)
+        return pieces if deterministic else replace(pieces, most_fused=FUSED_PIECES_TOKENS)
+    runs = pack_runs(weight, dtype)
+    return runs if deterministic else replace(runs, most_fused=FUSED_RUNS_TOKENS)
 
 
 def quant_linear(
@@ -58,8 +65,9 @@ def quant_linear(
     x: [tokens, in_features], rows contiguous; on CPUs float32. bias: [out_features]; residual: like y, may be
     out; both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given.
     Returns out.
-    Bits are the same for any number of tokens and threads. On CPUs they are those of `matmul.linear` with the matrix
-    that `dequantise` gives in x's dtype, if its columns and those of x are in the order of the codes.
+    Bits are the same for any number of tokens and threads, on GPUs if `pack_quant` was told. On CPUs they are those
+    of `matmul.linear` with the matrix that `dequantise` gives in x's dtype, if its columns and those of x are in the
+    order of the codes.
     """
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
@@ -103,12 +111,29 @@ def _linear_cuda(
     gate: Gate | None,
     out: Tensor | None,
 ) -> Tensor:
+    if packed.most_fused is not None and x.shape[0] > packed.most_fused:
+        return _widened(x, packed, bias, residual, gate, out)
     to = out if gate is None else None
     if isinstance(packed, PackedCuda):
         product = quant_matmul(x, packed, bias, residual=residual, out=to)
     else:
         product = runs_matmul(x, packed, bias, residual=residual, out=to)
     return product if gate is None else GATED[gate](product, out)
+
+
+def _widened(
+    x: Tensor,
+    packed: PackedCuda | PackedRuns,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Gate | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The product of the dense matrix, made for it."""
+    dense = dequantise_packed(packed) if isinstance(packed, PackedCuda) else dequantise_runs(packed)
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
+    return linear(x, pack_linear(dense), bias, residual=residual, gate=gate, out=out)
 
 
 def _half(columns: int) -> int:

@@ -29,6 +29,7 @@ class PackedCuda:
     group_size: int
     bits: int
     order: Tensor | None
+    most_fused: int | None = None  # tokens up to which codes are widened in registers; None: always
 
 
 def fits_cuda(weight: QuantWeight) -> bool:

@@ -22,7 +22,6 @@ from tgi_kernels.quant_weight import QuantWeight, table
 
 STRIP: Final = 64  # rows that lie together
 BLOCK: Final = 128  # columns that lie together
-FEW_TOKENS: Final = 64  # up to which slabs of 16 tokens are quicker than the dense matrix and its product
 _TABLE, _E4M3 = 16, 17  # of kinds.cuh's Codes; integers are named by their bits
 # In the order of runs.h.
 _SCALINGS: Final[tuple[Scaling, ...]] = (
@@ -45,6 +44,7 @@ class PackedRuns:
     out_features: int
     in_features: int
     order: Tensor | None
+    most_fused: int | None = None  # tokens up to which codes are widened in registers; None: always
 
 
 def fits_runs(weight: QuantWeight | Segments) -> bool:
@@ -91,9 +91,9 @@ def runs_matmul(
 
     x: [tokens, in_features]; bias: [out_features]; residual: like y, may be out. All of packed.dtype on one GPU.
     out: [tokens, out_features], allocated when not given. Returns out.
-    On Hopper, for up to 64 tokens, sums of exact products are scaled in float32, and bits do not depend on the
-    number of tokens. For more, on other GPUs, and for rows of x that do not lie multiples of 16 bytes apart, the
-    dense matrix is made for the product.
+    On Hopper sums of exact products are scaled in float32, and bits do not depend on the number of tokens, of which
+    16 are computed at once. On other GPUs, and for rows of x that do not lie multiples of 16 bytes apart, the dense
+    matrix is made for the product.
     """
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, packed.dtype)
@@ -102,7 +102,7 @@ def runs_matmul(
     if out is None:
         out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype, device=x.device)
     check_alike("out", out, "x", x)
-    if x.shape[0] > FEW_TOKENS or not takes(x, x):
+    if not takes(x, x):
         dense = pack_linear(dequantise_runs(packed))
         return linear(x, dense, bias, residual=residual, out=out)
     ops.quant_matmul_runs(

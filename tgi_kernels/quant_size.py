@@ -21,6 +21,9 @@ _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
 _FP8_BLOCK: Final = 128  # rows and columns that share a scale
 _FP8_VECTOR: Final = 16  # columns
 _GPU_BLOCK: Final = 128  # columns that lie together, beside pieces
+# Products of at most so many tokens widen codes in registers; for more, the dense matrix is quicker made first.
+FUSED_PIECES_TOKENS: Final = 1024  # weights that `takes_pieces` is true of
+FUSED_RUNS_TOKENS: Final = 64  # all others
 MAX_RUNS: Final = 8  # of columns of different widths, on GPUs
 MAX_COLUMNS: Final = 80 * 1024  # of x, an eighth of which shared memory holds for 8 tokens
 # How weights are scaled on GPUs, see csrc/quant/runs.h.

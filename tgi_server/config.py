@@ -100,6 +100,7 @@ class EngineConfig:
     memory_fraction: float = 1.0  # of a GPU's memory, that this server may take
     dummy_weights: bool = False  # random ones, for measuring
     quantize: str = ""  # the format weights are in, or get while they load; "": as the checkpoint says
+    deterministic: bool = False  # bits of a token depend on its own sequence alone, whatever that costs
     cpu_isa: str = "auto"  # instruction set of the kernels on a CPU; "auto": the best there is
     page_ids: tuple[int, ...] = ()  # text that the model has to foretell before it is served; empty: none
     log_level: str = "info"

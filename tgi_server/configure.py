@@ -97,6 +97,7 @@ def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
         max(_integer(values, "max_batch_tokens"), sequences),
         _integer(values, "max_batch_total_tokens"),
         fp8_cache=values["kv_cache_dtype"] != "auto",
+        deterministic=values["deterministic"] is True,
     )
 
 
@@ -159,6 +160,7 @@ def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
         memory_fraction=float(str(values["cuda_memory_fraction"])),
         dummy_weights=values["load_format"] == "dummy",
         quantize=_text(values, "quantize") or "",
+        deterministic=asked.deterministic,
         log_level=str(values["log_level"]),
         log_as_json=values["json_output"] is True,
     )

@@ -314,6 +314,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "cuda-memory-fraction", _MACHINE, "share of a GPU's memory this server may take, of which a reserve stays free",
         share, 1.0, others=("gpu-memory-utilization", "mem-fraction-static"),
     ),
+    Flag(
+        "deterministic", _MACHINE,
+        "on GPUs, bits of a token depend on its own sequence alone with quantised weights, too, at the cost of slower "
+        "prompts; with dense and fp8 weights, and on CPUs, they always do",
+        boolean, False, is_switch=True,
+    ),
     Flag("num-threads", _MACHINE, "threads that compute; by default one per usable core", whole(1, 1024)),
     Flag(
         "cpu-isa", _MACHINE, "instruction set of the CPU's kernels; auto: the best this machine has",

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tgi_kernels.quant_size import takes_pieces
 from tgi_server.config import PAGE_TOKENS, ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.quantization.contents import Contents
-from tgi_server.weight_bytes import kv_heads_of, weights_bytes
+from tgi_server.weight_bytes import kv_heads_of, weights_bytes, widened_bytes
 
 # A GPU's part that weights and KV cache leave free at least: activations, tables, graphs, the allocator's rounding.
 GPU_RESERVE_BYTES: Final = 4 << 30
@@ -41,6 +40,7 @@ class Asked:
     batch_tokens: int  # computed in one step
     cache_tokens: int = 0  # of KV cache at most; 0: what memory allows
     fp8_cache: bool = False  # on a GPU one byte a number, not two
+    deterministic: bool = False  # on a GPU no quantised matrix is made dense
 
     @property
     def pages_per_sequence(self) -> int:
@@ -141,8 +141,8 @@ def plan_memory(
     kv_heads = kv_heads_of(model, ranks)
     weights = weights_bytes(model, contents, ranks, on_gpu=on_gpu)
     activations = _activation_bytes(model, asked, ranks, on_gpu) + _table_bytes(model, asked)
-    if on_gpu:
-        activations += _widened_bytes(model, contents, ranks)
+    if on_gpu and not asked.deterministic:
+        activations += widened_bytes(model, contents, ranks, asked.batch_tokens, asked.sequences)
     graphs = _graph_count(asked.sequences) * _GRAPH_BYTES if on_gpu else 0
     reserve = _CPU_PROCESSES_BYTES
     if on_gpu:
@@ -179,14 +179,6 @@ def _activation_bytes(model: ModelConfig, asked: Asked, ranks: int, on_gpu: bool
     mlp = 3 * model.hidden_size + 3 * inner
     values = asked.batch_tokens * max(attention, mlp) + 3 * asked.sequences * model.vocab_size
     return values * (2 if on_gpu else 4)
-
-
-def _widened_bytes(model: ModelConfig, contents: Contents, ranks: int) -> int:
-    """The largest matrix of a block in 16 bits, where kernels of many tokens multiply no other."""
-    kind = contents.declared
-    if kind is None or takes_pieces(kind, model.hidden_size):
-        return 0
-    return 2 * 2 * -(-model.intermediate_size // ranks) * model.hidden_size
 
 
 def _graph_count(sequences: int) -> int:

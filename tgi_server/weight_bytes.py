@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
 
-from tgi_kernels.quant_size import packed_bytes
+from tgi_kernels.quant_size import (
+    FUSED_PIECES_TOKENS,
+    FUSED_RUNS_TOKENS,
+    QuantKind,
+    packed_bytes,
+    takes_pieces,
+)
 from tgi_server.config import ModelConfig
 from tgi_server.quantization.contents import Contents
 
@@ -44,6 +50,31 @@ def weights_bytes(model: ModelConfig, contents: Contents, ranks: int, *, on_gpu:
         total += _run_bytes(run, contents, default, on_gpu=on_gpu)
         total += sum(m.rows * vector_item for m in run if f"{m.name}.bias" in contents.tensors)
     return total
+
+
+def widened_bytes(
+    model: ModelConfig, contents: Contents, ranks: int, block_tokens: int, head_tokens: int
+) -> int:
+    """The largest matrix of few bits that a GPU makes dense for products of so many tokens."""
+    head, *blocks = _runs(model, ranks)
+    return max(
+        _widened_run_bytes(head, contents, head_tokens),
+        *(_widened_run_bytes(run, contents, block_tokens) for run in blocks),
+    )
+
+
+def _widened_run_bytes(run: list[_Matrix], contents: Contents, tokens: int) -> int:
+    kinds = [contents.kind(m.name, m.all_rows, m.all_columns) for m in run]
+    return sum(
+        2 * m.rows * m.columns
+        for m, kind in zip(run, kinds, strict=True)
+        if kind is not None and kind.inputs == "exact" and tokens > _most_fused(kind, m.columns)
+    )
+
+
+def _most_fused(kind: QuantKind, columns: int) -> int:
+    """Tokens up to which a GPU makes no dense matrix."""
+    return FUSED_PIECES_TOKENS if takes_pieces(kind, columns) else FUSED_RUNS_TOKENS
 
 
 def kv_heads_of(model: ModelConfig, ranks: int) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks.harness import Report, Roofs, copies_for, main, time_chain, time_isolated, time_sustained
+from tgi_kernels.quant import quant_linear
 from tgi_kernels.quant_cuda import PackedCuda, dequantise_packed, pack_cuda, quant_matmul
+from tgi_kernels.quant_size import FUSED_PIECES_TOKENS
 from tgi_kernels.quant_weight import QuantWeight
 
 SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096))  # in, out features
@@ -32,7 +36,7 @@ def bench_shape(report: Report, roofs: Roofs, bits: int, in_features: int, out_f
     weight_bytes = packed.words.nbytes + packed.pairs.nbytes
     dense = dequantise_packed(packed)
     sets = [packed] + [
-        PackedCuda(**(vars(packed) | {"words": packed.words.clone(), "pairs": packed.pairs.clone()}))
+        replace(packed, words=packed.words.clone(), pairs=packed.pairs.clone())
         for _ in range(copies_for(weight_bytes) - 1)
     ]
     for tokens in TOKENS if bits == 4 else TOKENS[:3]:
@@ -43,9 +47,11 @@ def bench_shape(report: Report, roofs: Roofs, bits: int, in_features: int, out_f
         case = f"int{bits} g{GROUP} {in_features}x{out_features} M={tokens}"
         launches = [lambda one=one: quant_matmul(x, one, out=out) for one in sets]
         if tokens > 256:
-            ours = time_sustained(launches[0]).median_s * 1e6
+            quick = replace(packed, most_fused=FUSED_PIECES_TOKENS)
             cublas = time_sustained(lambda: torch.mm(x, dense.T, out=out)).median_s * 1e6
-            report.add("quant_matmul", case, ours, roof=roof, baselines={"cublas bf16": cublas})
+            for one, suffix in ((quick, ""), (packed, " deterministic")):
+                ours = time_sustained(lambda one=one: quant_linear(x, one, out=out)).median_s * 1e6
+                report.add("quant_matmul", case + suffix, ours, roof=roof, baselines={"cublas bf16": cublas})
             continue
         ours = time_isolated(launches, 10).median_s * 1e6
         report.add("quant_matmul", case, ours, roof=roof)

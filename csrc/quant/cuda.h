@@ -42,4 +42,8 @@ cudaError_t quant_matmul_few(const QuantMatmulParams& params, DType dtype, int s
 // out: [rows, columns], contiguous: the dense matrix, each weight rounded once to `dtype`.
 cudaError_t quant_dequantise(const QuantMatrix& weight, void* out, DType dtype, cudaStream_t stream);
 
+// Has all that was launched before be complete for all that is launched after. Products read weights before
+// they wait for the kernel before them; a matrix that was just widened has to be there by then.
+cudaError_t settle(cudaStream_t stream);
+
 }  // namespace tgi

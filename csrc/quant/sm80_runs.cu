@@ -1,6 +1,7 @@
 // The dense matrix of a weight of any kind.
 #include "common/dispatch.cuh"
 #include "common/pdl.cuh"
+#include "quant/cuda.h"
 #include "quant/kinds.cuh"
 #include "quant/runs.h"
 
@@ -73,7 +74,6 @@ __global__ void dequantise_kernel(const __grid_constant__ QuantRuns w, int numbe
   const int strip = blockIdx.y, block = blockIdx.x, lane = threadIdx.x % 32;
   const int row = threadIdx.x / 32 * 16 + lane / 4;
   wait_for_previous();
-  let_next_start();
   const uint8_t* from =
       run.words + (static_cast<int64_t>(strip) * gridDim.x + block) * (1024 * kBitsOf<kCodes>);
   uint32_t words[kWords];
@@ -164,7 +164,7 @@ cudaError_t runs_dequantise(const QuantRuns& w, void* out, DType dtype, cudaStre
     for (int i = 0; i < w.count; ++i) {
       if (const cudaError_t error = dequantise_run(w, i, static_cast<T*>(out), stream)) return error;
     }
-    return cudaSuccess;
+    return settle(stream);
   });
 }
 

@@ -55,6 +55,11 @@ def test_values_that_do_not_fit_are_refused_with_the_numbers(
         configured(folder, **options)
 
 
+def test_bits_are_kept_whatever_is_beside_a_token_only_if_asked_for(folder: Path) -> None:
+    assert not configured(folder)[1].deterministic
+    assert configured(folder, deterministic="true")[1].deterministic
+
+
 def test_sampling_defaults_come_from_the_model_only_if_asked_for(folder: Path) -> None:
     file = folder / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "eos_token_id": 257, "max_length": 20}))

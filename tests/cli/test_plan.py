@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.server import DEMO
+from tgi_kernels.quant_size import QuantKind
 from tgi_server import cli, memory
 from tgi_server.checkpoint.headers import stored_tensors
 from tgi_server.checkpoint.safetensors import Checkpoint
@@ -167,6 +168,20 @@ def test_a_float8_cache_holds_twice_the_tokens() -> None:
     )
     assert narrow.page_bytes * 2 == wide.page_bytes
     assert narrow.pages // 2 == wide.pages
+
+
+def test_the_dense_matrix_of_a_product_of_many_tokens_is_counted_unless_none_is_made() -> None:
+    model = ModelConfig.from_dict(LLAMA_31_8B, {})
+    gate_up = 2 * 2 * 14336 * 4096
+
+    def activations(kind: QuantKind, asked: Asked) -> int:
+        return plan_memory(model, Contents({}, "gptq", kind), asked, 80 * GIB, on_gpu=True).activations_bytes
+
+    for kind, fused in ((QuantKind(4, 128), 1024), (QuantKind(3, 128), 64)):
+        for tokens, widened in ((fused, 0), (fused + 1, gate_up)):
+            asked = Asked(8192, sequences=16, batch_tokens=tokens)
+            same = replace(asked, deterministic=True)
+            assert activations(kind, asked) == activations(kind, same) + widened
 
 
 def test_the_plan_counts_what_is_then_loaded() -> None:

@@ -9,8 +9,11 @@ from torch.nn import functional
 
 from tests.kernels.compare import assert_near, assert_same_bits
 from tests.kernels.test_quant import exact, random_weight
+from tgi_kernels.matmul import linear, pack_linear
+from tgi_kernels.quant import pack_quant, quant_linear
 from tgi_kernels.quant_cuda import PackedCuda, dequantise_packed, pack_cuda, quant_matmul
-from tgi_kernels.quant_weight import QuantWeight, dequantise
+from tgi_kernels.quant_size import FUSED_PIECES_TOKENS, FUSED_RUNS_TOKENS
+from tgi_kernels.quant_weight import QuantWeight, Values, dequantise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -185,3 +188,31 @@ def test_a_product_is_captured_in_a_graph(noise: torch.Generator) -> None:
             quant_matmul(x, packed, out=out)
     graph.replay()
     assert_same_bits(out, want)
+
+
+@pytest.mark.parametrize("values", ["integer", "nf4"])
+def test_many_tokens_take_the_dense_matrix_unless_bits_may_not_depend_on_their_number(
+    noise: torch.Generator, values: Values
+) -> None:
+    """Made anew for each product: one that read it too early would see that of another weight."""
+    weights = [
+        random_weight(
+            noise, (1024, 1536, 64), 4, values=values, shift="zeros" if values == "integer" else "none"
+        )
+        for _ in range(3)
+    ]
+    on_device = [weight.to(torch.device("cuda")) for weight in weights]
+    most = FUSED_PIECES_TOKENS if values == "integer" else FUSED_RUNS_TOKENS
+    x = random(most + 1, 1024, dtype=torch.bfloat16)
+    residual = random(most + 1, 1536, dtype=torch.bfloat16)
+    quick = [pack_quant(weight, torch.bfloat16) for weight in on_device]
+    for _ in range(20):
+        got = [quant_linear(x, packed, residual=residual) for packed in quick]
+        gated = [quant_linear(x, packed, gate="silu") for packed in quick]
+        for weight, y, z in zip(on_device, got, gated, strict=True):
+            dense = pack_linear(dequantise(weight, torch.bfloat16))
+            assert_same_bits(y, linear(x, dense, residual=residual))
+            assert_same_bits(z, linear(x, dense, gate="silu"))
+    same = pack_quant(on_device[0], torch.bfloat16, deterministic=True)
+    assert_same_bits(quant_linear(x, same)[:5], quant_linear(x[:5], same))
+    assert_same_bits(quant_linear(x[:most], quick[0]), quant_linear(x, same)[:most])

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.kernels.compare import assert_same_bits
 from tests.kernels.test_quant import Kind, exact, random_weight
 from tests.kernels.test_quant_runs import KINDS
-from tgi_kernels.quant_runs import FEW_TOKENS, PackedRuns, dequantise_runs, pack_runs, runs_matmul
+from tgi_kernels.quant_runs import PackedRuns, dequantise_runs, pack_runs, runs_matmul
 from tgi_kernels.quant_segments import Segments, dequantise_segments
 from tgi_kernels.quant_size import MAX_COLUMNS
 from tgi_kernels.quant_weight import QuantWeight, Values, dequantise
@@ -23,7 +23,8 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float16, torch.bfloat16]
-TOKENS = (1, 7, 8, 9, 16, 17, 40, FEW_TOKENS)
+MOST = 70  # tokens, no whole number of slabs
+TOKENS = (1, 7, 8, 9, 16, 17, 40, 64)
 # in_features, out_features, group size
 SHAPES = [(64, 5, 64), (96, 70, 16), (320, 130, 32), (768, 300, 64), (8192, 64, 128)]
 # Of each run its bits, columns and group size.
@@ -54,7 +55,7 @@ def check(packed: PackedRuns, dense: Tensor, exactly: Tensor) -> None:
     """dense: the weight in the activations' type; exactly: in float64. Both on the CPU."""
     assert torch.equal(dequantise_runs(packed).cpu(), dense)
     dtype = packed.dtype
-    x = random(FEW_TOKENS, packed.in_features, dtype=dtype)
+    x = random(MOST, packed.in_features, dtype=dtype)
     want = x.double() @ exactly.cuda().T
     theirs = torch.nn.functional.linear(x, dense.cuda())
     ours = runs_matmul(x, packed)
@@ -63,11 +64,6 @@ def check(packed: PackedRuns, dense: Tensor, exactly: Tensor) -> None:
         out = torch.full((tokens, packed.out_features), torch.nan, dtype=dtype, device="cuda")
         assert runs_matmul(x[:tokens], packed, out=out) is out
         assert_same_bits(out, ours[:tokens])
-    many = random(FEW_TOKENS + 3, packed.in_features, dtype=dtype)
-    near = torch.nn.functional.linear(many, dense.cuda())
-    torch.testing.assert_close(
-        runs_matmul(many, packed), near, rtol=0.02, atol=0.02 * float(near.abs().max())
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

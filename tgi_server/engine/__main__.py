@@ -144,7 +144,9 @@ def _runner(config: EngineConfig, startup: Startup) -> Runner:
         source = _source(config, startup)
         if config.fp8_cache:
             log.warning("%s", kv_scale_warning(source))
-        model = load_model(source, model_config, device, dtype, config.quantize)
+        model = load_model(
+            source, model_config, device, dtype, config.quantize, deterministic=config.deterministic
+        )
         torch.cuda.synchronize(device)
     with startup.phase("cache and graphs"):
         return GpuRunner(config, model, dtype)
@@ -172,6 +174,7 @@ def _planned(config: EngineConfig, model: ModelConfig, memory_bytes: int) -> Eng
         config.max_batch_tokens,
         config.num_pages * PAGE_TOKENS,
         config.fp8_cache,
+        config.deterministic,
     )
     plan = plan_memory(model, contents, asked, memory_bytes, on_gpu=True)
     plan.check()

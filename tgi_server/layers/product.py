@@ -12,8 +12,8 @@ from tgi_kernels.activation import Gate
 from tgi_kernels.fp8 import fits_fp8, fp8_linear, pack_fp8
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linear
+from tgi_kernels.quant_cpu import PackedCpu
 from tgi_kernels.quant_cuda import has_fused_product
-from tgi_kernels.quant_runs import FEW_TOKENS, PackedRuns
 from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
 from tgi_server.layers.ending import Ending
@@ -56,7 +56,7 @@ class Quantised:
     """A matrix of a few bits that kernels take."""
 
     def __init__(self, weights: Weights, matrix: QuantWeight | Segments) -> None:
-        self.packed = pack_quant(matrix, weights.dtype)
+        self.packed = pack_quant(matrix, weights.dtype, deterministic=weights.deterministic)
         self.kind = f"{_unrounded(weights, matrix)} · {_way(weights.device, self.packed)}"
 
     def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
@@ -149,7 +149,9 @@ def _way(device: torch.device, packed: PackedQuant) -> str:
     """How it is multiplied."""
     if device.type != "cpu" and not has_fused_product(device):
         return "widened for each product"
-    return f"fused up to {FEW_TOKENS} tokens" if isinstance(packed, PackedRuns) else "fused"
+    if isinstance(packed, PackedCpu) or packed.most_fused is None:
+        return "fused"
+    return f"fused up to {packed.most_fused} tokens"
 
 
 def _format(weights: Weights, matrix: QuantWeight | Segments) -> str:

@@ -39,7 +39,8 @@ class Weights:
     """A place in a checkpoint: `at("model").at("norm").parameter("weight", 64)` reads model.norm.weight.
 
     `dtype` is the type of activations; on CPUs `Linear` decides what type its matrix has. `transfer` takes large
-    tensors to a GPU. `scheme` is the format of the matrices that are quantised.
+    tensors to a GPU. `scheme` is the format of the matrices that are quantised; `deterministic` has GPUs multiply them
+    so that bits do not depend on the number of tokens.
     """
 
     checkpoint: Source
@@ -48,6 +49,7 @@ class Weights:
     transfer: Transfer | None = None
     prefix: str = ""
     scheme: Scheme | None = None
+    deterministic: bool = False
 
     def at(self, *path: str | int) -> Weights:
         return replace(self, prefix=self.name(".".join(map(str, path))))

@@ -25,12 +25,19 @@ ARCHITECTURES: Final[dict[str, Callable[[Weights, ModelConfig], Decoder]]] = {
 
 
 def load_model(
-    checkpoint: Source, config: ModelConfig, device: torch.device, dtype: torch.dtype, quantize: str = ""
+    checkpoint: Source,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str = "",
+    *,
+    deterministic: bool = False,
 ) -> Decoder:
     """The decoder `config` describes, its weights read from `checkpoint` onto `device`.
 
     `dtype` is the type of activations. `quantize` is the format that was asked for, if any: the checkpoint's own, or
-    one its dense matrices get. Raises StartupError if the architecture is not supported, or if checkpoint, config and
+    one its dense matrices get. `deterministic`: no token's bits depend on others on GPUs either where matrices are
+    quantised. Raises StartupError if the architecture is not supported, or if checkpoint, config and
     format do not fit.
     """
     load = ARCHITECTURES.get(config.model_type)
@@ -45,7 +52,8 @@ def load_model(
         if quantize:
             scheme = chosen_scheme(quantize, scheme, checkpoint.folder)
         transfer = Transfer(device) if device.type == "cuda" else None
-        model = load(Weights(checkpoint, device, dtype, transfer, scheme=scheme), config).eval()
+        weights = Weights(checkpoint, device, dtype, transfer, scheme=scheme, deterministic=deterministic)
+        model = load(weights, config).eval()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is still on its way comes from memory that goes
         # Copies that loading made and dropped; the allocator would keep them from the KV cache, which is one piece.
