@@ -18,6 +18,7 @@ from tgi_kernels import (
     activation,
     attention,
     attention_cuda,
+    fp8,
     hopper_matmul,
     matmul,
     norm,
@@ -100,6 +101,11 @@ def calls(device: str) -> Iterator[Call]:
         yield quant_cuda.quant_matmul, [x, packed], {"residual": floats(device, 3, 96)}
         runs = quant_runs.pack_runs(few_bits, x.dtype)
         yield quant_runs.runs_matmul, [x, runs], {"residual": floats(device, 3, 96)}
+        codes, scales = fp8.quantise_e4m3(matrix)
+        yield fp8.quantise_e4m3, [x], {}
+        yield fp8.fp8_matmul, [*fp8.quantise_e4m3(x), codes, scales], {"dtype": x.dtype}
+        eight_bits = QuantWeight(codes, scales.unsqueeze(1), None, 64, 8, values="e4m3", inputs="rows")
+        yield fp8.fp8_linear, [x, fp8.pack_fp8(eight_bits)], {"residual": floats(device, 3, 96)}
     yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
@@ -115,7 +121,7 @@ def calls(device: str) -> Iterator[Call]:
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
     "pack_linear", "pack_quant", "pack_cuda", "pack_cpu", "dequantise_packed", "fits_kernels", "fits_cuda",
-    "fits_cpu", "has_fused_product", "pack_runs", "fits_runs", "dequantise_runs",
+    "fits_cpu", "has_fused_product", "pack_runs", "fits_runs", "dequantise_runs", "pack_fp8", "fits_fp8",
     "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 _NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
@@ -202,7 +208,7 @@ def test_no_public_op_is_left_out() -> None:
 
 ON_GPUS_ALONE = (
     "attention_prefill", "attention_decode", "skinny_matmul", "gemm", "matmul", "decode_inputs", "keep_ids",
-    "quant_matmul", "runs_matmul",
+    "quant_matmul", "runs_matmul", "quantise_e4m3", "fp8_matmul", "fp8_linear",
 )  # fmt: skip
 
 

@@ -47,6 +47,8 @@ def load_model(
             f"{checkpoint.folder}: model_type is {config.model_type!r}; served are {', '.join(ARCHITECTURES)}"
             + (own_code if config.raw.get("auto_map") else "")
         )
+    if deterministic and device.type == "cuda":
+        _check_deterministic(torch.cuda.get_device_capability(device))
     with torch.inference_mode():
         scheme = find_scheme(config.raw, checkpoint)
         if quantize:
@@ -59,3 +61,13 @@ def load_model(
         # Copies that loading made and dropped; the allocator would keep them from the KV cache, which is one piece.
         torch.cuda.empty_cache()
     return model
+
+
+def _check_deterministic(capability: tuple[int, int]) -> None:
+    """Raises StartupError for GPUs whose products are a library's."""
+    if capability != (9, 0):
+        major, minor = capability
+        raise StartupError(
+            f"--deterministic: this GPU has compute capability {major}.{minor}, where products are a library's, whose "
+            "bits depend on the number of tokens. Leave it out, take a Hopper GPU (9.0), or choose --device cpu"
+        )
