@@ -10,8 +10,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import psutil
-
 from tgi_server.config import EngineConfig
 from tgi_server.engine.channel import encode_config
 from tgi_server.engine.client import EngineClient
@@ -78,12 +76,13 @@ def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Fu
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
     pidfd = os.pidfd_open(process.pid)
-    known = psutil.Process(process.pid)
+    # Open from the start, for clients may use up the files that this process may have open.
+    stat = os.open(f"/proc/{process.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     def look() -> None:
         if ended.done():
             return
-        if known.status() == psutil.STATUS_ZOMBIE:
+        if _state_of(os.pread(stat, 4096, 0)) == b"Z":
             client.mark_dead("the engine process has ended")
         else:
             loop.call_later(_LOOK_EVERY_S, look)
@@ -91,6 +90,7 @@ def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Fu
     def on_end() -> None:
         loop.remove_reader(pidfd)
         os.close(pidfd)
+        os.close(stat)
         status = process.wait()
         client.mark_dead(f"the engine process {_end_of(status)}")
         ended.set_result(status)
@@ -98,6 +98,11 @@ def _watch(process: subprocess.Popen[bytes], client: EngineClient) -> asyncio.Fu
     loop.add_reader(pidfd, on_end)
     loop.call_later(_LOOK_EVERY_S, look)
     return ended
+
+
+def _state_of(stat: bytes) -> bytes:
+    """The letter behind the name of the program, which may itself hold blanks and brackets (proc(5))."""
+    return stat.rpartition(b")")[2].split()[0]
 
 
 # What the kernel ends a process with, and what it then usually was.
