@@ -1,6 +1,6 @@
 """Products in which both sides are int8, on CPUs: activations are rounded just before, a scale a token.
 
-csrc/int8/cpu.h sums whole numbers, so bits depend neither on the instruction set nor on the number of tokens or threads.
+csrc/int8/cpu.h sums whole numbers: bits depend neither on the instruction set nor on the number of tokens or threads.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def int8_linear(
     if gate is not None and residual is not None:
         raise ValueError(f"both a gate ({gate}) and a residual are given; a product takes one of the two")
     width = packed.out_features if gate is None else packed.out_features // 2
+    if x.shape[-1] != packed.in_features:  # the op sees only whole quads
+        _check(x, packed, bias, residual)
     if out is None:
         out = torch.empty((x.shape[0], width), dtype=torch.float32)
     elif out.shape[-1] != width:

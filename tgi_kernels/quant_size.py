@@ -12,8 +12,8 @@ from typing import Final, Literal
 Values = Literal["integer", "nf4", "fp4", "e2m1", "e4m3"]
 
 # How a format rounds what it multiplies with a matrix: not at all; to 8 bits of the matrix's kind, with a scale a token
-# (or a stored one) or a block of 128 columns; or in another way, which no kernel knows. Where no kernel does, inputs stay
-# as they are, which is nearer to the model that was quantised.
+# (or a stored one) or a block of 128 columns; or in another way, which no kernel knows. Where none does, inputs stay as
+# they are, which is nearer to the model that was quantised.
 Inputs = Literal["exact", "rows", "blocks", "other"]
 
 _CPU_PANEL: Final = 32  # rows, and codes of a row, that lie together
