@@ -107,17 +107,18 @@ TGI_INLINE void quantise_row(const float* x, int64_t count, float fixed, int32_t
   *sum_out = total;
 }
 
-// sums[kRows, 32] += codes of x · codes of weights, for words of pairs; from zero when `fresh`.
+// Loops over a tile's rows are unrolled by order: left to itself GCC 12 keeps large tiles in memory.
+#define TGI_UNROLL_ROWS _Pragma("GCC unroll 12")
+
+// sums[kRows, 32] = codes of x · codes of weights, for words of pairs.
 template <int kRows>
-TGI_INLINE void multiply_pairs(const int32_t* x, const uint8_t* codes, int64_t quads, float* sums,
-                               bool fresh) {
+TGI_INLINE void multiply_pairs(const int32_t* x, const uint8_t* codes, int64_t quads, int32_t* sums) {
   constexpr int kVecs = pair_vecs_for(kRows);
   for (int column = 0; column < kPanel; column += kVecs * kLanes) {
     VecInt tile[kRows][kVecs];
+    TGI_UNROLL_ROWS
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVecs; ++v) {
-        tile[r][v] = fresh ? VecInt{} : load_as<VecInt>(sums + r * kPanel + column + v * kLanes);
-      }
+      for (int v = 0; v < kVecs; ++v) tile[r][v] = VecInt{};
     }
     const uint8_t* from = codes + column * kQuad;
     for (int64_t k = 0; k < quads; ++k) {
@@ -128,6 +129,7 @@ TGI_INLINE void multiply_pairs(const int32_t* x, const uint8_t* codes, int64_t q
         even[v] = both & 255;
         odd[v] = both >> 8;
       }
+      TGI_UNROLL_ROWS
       for (int r = 0; r < kRows; ++r) {
         const VecInt first = VecInt{} + x[(k * kRows + r) * 2];
         const VecInt second = VecInt{} + x[(k * kRows + r) * 2 + 1];
@@ -136,6 +138,7 @@ TGI_INLINE void multiply_pairs(const int32_t* x, const uint8_t* codes, int64_t q
         }
       }
     }
+    TGI_UNROLL_ROWS
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVecs; ++v)
         std::memcpy(sums + r * kPanel + column + v * kLanes, &tile[r][v], sizeof(VecInt));
@@ -147,72 +150,69 @@ TGI_INLINE void multiply_pairs(const int32_t* x, const uint8_t* codes, int64_t q
 // The same for words of four bytes. Not inline: a function that may use vpdpbusd in one that may not.
 template <int kRows>
 [[gnu::noinline, gnu::target("avx512vnni")]] void multiply_quads(const int32_t* x, const uint8_t* codes,
-                                                                 int64_t quads, float* sums, bool fresh) {
+                                                                 int64_t quads, int32_t* sums) {
   __m512i tile[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < 2; ++v) {
-      tile[r][v] = fresh ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + r * kPanel + v * kLanes);
-    }
-  }
+  TGI_UNROLL_ROWS
+  for (int r = 0; r < kRows; ++r) tile[r][0] = tile[r][1] = _mm512_setzero_si512();
   for (int64_t k = 0; k < quads; ++k, codes += kPanel * kQuad, x += kRows) {
     __builtin_prefetch(codes + kQuadsAhead * kPanel * kQuad);
     __builtin_prefetch(codes + kQuadsAhead * kPanel * kQuad + 64);
     const __m512i low = _mm512_loadu_si512(codes), high = _mm512_loadu_si512(codes + 64);
+    TGI_UNROLL_ROWS
     for (int r = 0; r < kRows; ++r) {
       const __m512i factor = _mm512_set1_epi32(x[r]);
       tile[r][0] = _mm512_dpbusd_epi32(tile[r][0], low, factor);
       tile[r][1] = _mm512_dpbusd_epi32(tile[r][1], high, factor);
     }
   }
+  TGI_UNROLL_ROWS
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < 2; ++v) _mm512_storeu_si512(sums + r * kPanel + v * kLanes, tile[r][v]);
+    _mm512_storeu_si512(sums + r * kPanel, tile[r][0]);
+    _mm512_storeu_si512(sums + r * kPanel + kLanes, tile[r][1]);
   }
 }
 #endif
 
 template <bool kVnni, int kRows>
-TGI_INLINE void multiply_words(const int32_t* x, const uint8_t* codes, int64_t quads, float* sums,
-                               bool fresh) {
+TGI_INLINE void multiply_words(const int32_t* x, const uint8_t* codes, int64_t quads, int32_t* sums) {
 #if defined(TGI_ISA_IS_avx512)
-  if constexpr (kVnni) return multiply_quads<kRows>(x, codes, quads, sums, fresh);
+  if constexpr (kVnni) return multiply_quads<kRows>(x, codes, quads, sums);
 #endif
-  multiply_pairs<kRows>(x, codes, quads, sums, fresh);
+  multiply_pairs<kRows>(x, codes, quads, sums);
 }
 
-// The whole numbers in sums[rows, 32] become y, still without bias. row: the first of them in its block.
-TGI_INLINE void scale_sums(const Int8LinearParams& p, int64_t panel, int64_t row, int64_t rows, float* sums) {
+// y[rows, 32] of sums of codes, still without bias. row: the first of them in its block.
+TGI_INLINE void scale_sums(const Int8LinearParams& p, int64_t panel, int64_t row, int64_t rows,
+                           const int32_t* sums, float* y) {
   const float* scales = p.scales + panel * kPanel;
   for (int64_t r = 0; r < rows; ++r) {
     for (int column = 0; column < kPanel; column += kLanes) {
-      float* at = sums + r * kPanel + column;
-      const VecInt whole = load_as<VecInt>(at) - 128 * p.row_sums[row + r];
-      store(at, __builtin_convertvector(whole, Vec) * p.row_scales[row + r] * load(scales + column));
+      const int64_t at = r * kPanel + column;
+      const VecInt whole = load_as<VecInt>(sums + at) - 128 * p.row_sums[row + r];
+      store(y + at, __builtin_convertvector(whole, Vec) * p.row_scales[row + r] * load(scales + column));
     }
   }
 }
 
-// Tiles [first, last) of a block of rows, the first of which is `token`, against one panel.
+// Tiles [first, last) of a block of rows, the first of which is `token`, against one panel, which is small
+// enough to stay in the L2 cache.
 template <bool kVnni>
 TGI_INLINE void multiply_int8_panel(const Int8LinearParams& p, const Tiling& tiling, int64_t token,
                                     int64_t panel, int64_t first, int64_t last) {
   constexpr int kWords = kVnni ? 1 : 2;
   const int64_t quads = (p.product.in_features + kQuad - 1) / kQuad;
-  const int64_t begin = tiling.first(first), rows = tiling.first(last) - begin;
   const uint8_t* codes = p.codes + panel * quads * kPanel * kQuad;
-  alignas(64) float sums[kRowBlock * kPanel];
-  for (int64_t start = 0; start < quads; start += kQuadBlock) {
-    const int64_t depth = kQuadBlock < quads - start ? kQuadBlock : quads - start;
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t size = tiling.size(tile);
-      const int32_t* x = p.words + (tiling.first(tile) * quads + start * size) * kWords;
-      float* to = sums + (tiling.first(tile) - begin) * kPanel;
-      with_rows(size, [&]<int kRows>() __attribute__((always_inline)) {
-        multiply_words<kVnni, kRows>(x, codes + start * kPanel * kQuad, depth, to, start == 0);
-      });
-    }
+  alignas(64) int32_t sums[kMaxRows * kPanel];
+  alignas(64) float y[kMaxRows * kPanel];
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tiling.first(tile), rows = tiling.size(tile);
+    ask_for_rows(p.product, panel, token + row, rows);
+    with_rows(rows, [&]<int kRows>() __attribute__((always_inline)) {
+      multiply_words<kVnni, kRows>(p.words + row * quads * kWords, codes, quads, sums);
+    });
+    scale_sums(p, panel, row, rows, sums, y);
+    finish_rows(p.product, panel, token + row, rows, y);
   }
-  scale_sums(p, panel, begin, rows, sums);
-  finish_rows(p.product, panel, token + begin, rows, sums);
 }
 
 template <bool kVnni>
