@@ -181,6 +181,17 @@ TGI_INLINE void multiply_words(const int32_t* x, const uint8_t* codes, int64_t q
   multiply_pairs<kRows>(x, codes, quads, sums);
 }
 
+// Asks for the lines that `finish_rows` will write, while there is something else to do: they lie pages
+// apart, which neither prefetcher nor store buffer hides (576 x 3072, 240 tokens, one core of EPYC 9004: 362
+// → 385 GFLOP/s).
+TGI_INLINE void ask_for_rows(const LinearParams& p, int64_t panel, int64_t token, int64_t rows) {
+  for (int64_t row = token; row < token + rows; ++row) {
+    const float* at = p.out + row * p.out_features + panel * kPanel;
+    __builtin_prefetch(at, 1);
+    __builtin_prefetch(at + kPanel / 2, 1);
+  }
+}
+
 // y[rows, 32] of sums of codes, still without bias. row: the first of them in its block.
 TGI_INLINE void scale_sums(const Int8LinearParams& p, int64_t panel, int64_t row, int64_t rows,
                            const int32_t* sums, float* y) {

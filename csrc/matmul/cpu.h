@@ -96,16 +96,6 @@ TGI_INLINE void multiply_panel(const LinearParams& p, const Tiling& tiling, cons
   }
 }
 
-// Asks for the lines that `finish_rows` will write, while there is something else to do: they lie pages
-// apart, which neither prefetcher nor store buffer hides.
-TGI_INLINE void ask_for_rows(const LinearParams& p, int64_t panel, int64_t token, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* at = p.out + (token + row) * p.out_features + panel * kPanel;
-    __builtin_prefetch(at, 1);
-    __builtin_prefetch(at + kPanel / 2, 1);
-  }
-}
-
 TGI_INLINE void finish_rows(const LinearParams& p, int64_t panel, int64_t token, int64_t rows,
                             const float* sums) {
   const int64_t column = panel * kPanel;
