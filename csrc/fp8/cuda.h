@@ -44,6 +44,7 @@ struct Fp8Params {
   bool in_blocks;
   bool is_gated;
   Activation activation;  // of the gate
+  int tile;               // of those that fp8/gemm.cuh lists, or less than 0: the best one for the shape
 };
 
 // Needs x and weight at 16 bytes, with strides and in_features of whole 16 bytes; in blocks also whole blocks

@@ -9,5 +9,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "fp8_matmul(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, bool in_blocks, Tensor? "
       "bias, "
-      "Tensor? residual, int epilogue, Tensor(a!) out) -> ()");
+      "Tensor? residual, int epilogue, Tensor(a!) out, int tile=-1) -> ()");
 }

@@ -71,7 +71,8 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
 
 void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
                      const Tensor& weight_scales, bool in_blocks, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out) {
+                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out,
+                     int64_t tile) {
   check_codes(x, x, "x");
   check_codes(weight, x, "weight");
   check_dims(out, 2, "out");
@@ -118,6 +119,7 @@ void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
       .in_blocks = in_blocks,
       .is_gated = is_gated,
       .activation = is_gated ? kGates[epilogue - 1] : Activation::silu,
+      .tile = static_cast<int>(tile),
   };
   check_launch(fp8_matmul(params, dtype_of(out, "out"), stream_of(x)), "fp8_matmul");
 }

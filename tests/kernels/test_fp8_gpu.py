@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.kernels.compare import assert_same_bits
+from tgi_kernels._library import ops
 from tgi_kernels.activation import Gate
 from tgi_kernels.fp8 import BLOCK, fits_fp8, fp8_linear, fp8_matmul, pack_fp8, quantise_e4m3
 from tgi_kernels.quant_size import Inputs, QuantKind, packed_bytes
@@ -34,6 +35,7 @@ CASES = [
     for in_blocks in (False, True)
     if not in_blocks or shape[0] % (2 * BLOCK) == 0
 ]
+TILE_SIZES = 5  # of csrc/fp8/gemm.cuh; from there on scales of blocks come with the stages
 ROUNDINGS = 1.5  # a result may be so many times as far from float64 as the nearest number of its type is
 
 
@@ -130,6 +132,29 @@ def test_a_product_is_the_float64_one_rounded_and_the_same_for_any_number_of_tok
     for tokens in TOKENS:
         assert_same_bits(product(x[:tokens]), all_rows[:tokens])
         assert_same_bits(product(x[-tokens:]), all_rows[-tokens:])
+
+
+@pytest.mark.parametrize("tile", range(10))
+@pytest.mark.parametrize("in_features", [64, 640, 1216, 4096])
+def test_every_tile_gives_the_same_bits_also_with_scales_that_come_with_its_stages(
+    in_features: int, tile: int
+) -> None:
+    in_blocks = tile >= TILE_SIZES
+    weight, scales = random_weight(1024, in_features, in_blocks=in_blocks)
+    for tokens in (1, 16, 17, 130, 700):
+        if tile % TILE_SIZES == 0 and tokens > 16:
+            continue  # it has room for 16
+        codes, x_scales = quantise_e4m3(random(tokens, in_features), in_blocks=in_blocks)
+        for epilogue in (0, 1):
+            got, want = (poisoned(tokens, 1024 >> epilogue, torch.bfloat16) for _ in range(2))
+            for out, which in ((got, tile), (want, tile % TILE_SIZES)):
+                ops.fp8_matmul(
+                    codes, x_scales, weight, scales, in_blocks, None, None, epilogue, out, tile=which
+                )
+            assert_same_bits(got, want)
+            if in_blocks and epilogue == 0:
+                wide = wide_x(codes, x_scales, in_blocks=True)
+                close(got, wide @ wide_weight(weight, scales, in_blocks=True).T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
