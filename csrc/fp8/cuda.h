@@ -27,6 +27,18 @@ struct QuantiseParams {
 
 cudaError_t quantise_e4m3(const QuantiseParams& params, DType dtype, cudaStream_t stream);
 
+// Rows of at most this many columns are normed and rounded by one kernel.
+constexpr int kMaxNormColumns = 32768;
+
+// The same of x · rsqrt(mean(x²) + eps) · weight, rounded to x's type first. Every row starts on 16 bytes.
+struct NormQuantiseParams {
+  QuantiseParams rounding;  // of its x
+  const void* weight;       // [columns]
+  float eps;
+};
+
+cudaError_t norm_quantise_e4m3(const NormQuantiseParams& params, DType dtype, cudaStream_t stream);
+
 // y = (x · weightᵀ with its scales) + bias, then either residual + y or act(gate) · up over the halves of y,
 // each step rounded to the dtype of out. Strides are in elements, inner dimensions are contiguous.
 struct Fp8Params {

@@ -12,7 +12,17 @@ from torch.nn import functional
 from tests.kernels.compare import assert_same_bits
 from tgi_kernels._library import ops
 from tgi_kernels.activation import Gate
-from tgi_kernels.fp8 import BLOCK, fits_fp8, fp8_linear, fp8_matmul, pack_fp8, quantise_e4m3
+from tgi_kernels.fp8 import (
+    BLOCK,
+    PackedFp8,
+    fits_fp8,
+    fp8_linear,
+    fp8_matmul,
+    pack_fp8,
+    quantise_e4m3,
+    rms_norm_e4m3,
+)
+from tgi_kernels.norm import rms_norm
 from tgi_kernels.quant_size import Inputs, QuantKind, packed_bytes
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_kernels.reference import fp8 as reference
@@ -97,6 +107,29 @@ def test_inputs_are_rounded_bit_for_bit_like_the_reference(
         blocks = want[1].shape[-1]
         assert torch.equal(scales.cpu()[..., :blocks], want[1])
         assert not in_blocks or not scales[:, blocks:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 4096), (5, 272), (133, 8192), (2, 32768), (3, 16)])
+def test_a_norm_that_rounds_gives_the_bits_of_a_norm_and_a_rounding(
+    tokens: int, columns: int, in_blocks: bool, dtype: torch.dtype
+) -> None:
+    x, weight = random(tokens, columns + 8, dtype=dtype)[:, :columns], random(columns, dtype=dtype)
+    x[0, :5] *= 30
+    x[-1] = 0
+    for fixed, bound in (
+        (None, float("inf")),
+        (None, 2.5),
+        (torch.tensor([0.01], device="cuda"), float("inf")),
+    ):
+        packed = PackedFp8(torch.zeros(1, columns, dtype=torch.uint8), torch.ones(1), in_blocks, fixed, bound)
+        rows = rms_norm_e4m3(x, weight, 1e-5, packed)
+        want = quantise_e4m3(
+            rms_norm(x.contiguous(), weight, 1e-5), in_blocks=in_blocks, fixed=fixed, bound=bound
+        )
+        assert torch.equal(rows.codes, want[0])
+        assert torch.equal(rows.scales, want[1])
 
 
 def test_numbers_that_are_none_stay_so_in_their_own_token() -> None:

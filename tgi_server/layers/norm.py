@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tgi_kernels.fp8 import Fp8Rows, fits_rms_norm_e4m3, rms_norm_e4m3
 from tgi_kernels.norm import rms_norm
+from tgi_server.layers.linear import Linear
 from tgi_server.layers.weights import Weights
 
 
@@ -16,6 +18,9 @@ class RMSNorm(nn.Module):
         self.weight = weights.parameter("weight", size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [tokens, size]. Returns a new tensor of that shape."""
+    def forward(self, x: Tensor, reader: Linear | None = None) -> Tensor | Fp8Rows:
+        """x: [tokens, size]. Returns a new tensor of that shape, rounded as `reader`, the only one of it, wants it."""
+        rounding = None if reader is None else reader.rounding
+        if rounding is not None and fits_rms_norm_e4m3(x):
+            return rms_norm_e4m3(x, self.weight, self.eps, rounding)
         return rms_norm(x, self.weight, self.eps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.activation import Gate
-from tgi_kernels.fp8 import fits_fp8, fp8_linear, pack_fp8
+from tgi_kernels.fp8 import Fp8Rows, fits_fp8, fp8_linear, pack_fp8
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cpu import PackedCpu
@@ -72,7 +72,7 @@ class Fp8:
         self.kind = f"{_format(weights, matrix)} · activations rounded to e4m3, {scales}"
         self.packed = pack_fp8(matrix)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Rows, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return fp8_linear(x, self.packed, bias, **ending)
 
 

@@ -32,8 +32,9 @@ class Block(nn.Module):
 
     def forward(self, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
         """residual: [tokens, hidden], grows in place."""
-        self.attention(self.attention_norm(residual), residual, batch, kv_pages)
-        self.mlp(self.mlp_norm(residual), residual)
+        x = self.attention_norm(residual, self.attention.qkv)
+        self.attention(x, residual, batch, kv_pages)
+        self.mlp(self.mlp_norm(residual, self.mlp.gate_up), residual)
 
 
 class Decoder(nn.Module):
