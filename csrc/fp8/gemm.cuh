@@ -189,9 +189,10 @@ struct Epilogue {
       if (!is_own(at, token, at.feature + column)) continue;
       const auto gate = staged_at(staged, i / kRowVecs, column);
       const auto up = staged_at(staged, i / kRowVecs, kColumns / 2 + column);
-      float y[8];
+      float gates[8], ups[8], y[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] = gated<T>(p.activation, element(gate, e), element(up, e));
+      for (int e = 0; e < 8; ++e) gates[e] = element(gate, e), ups[e] = element(up, e);
+      gated_all<T>(p.activation, gates, ups, y);
       store_row(out(token), at.feature + column, features, aligned, y);
     }
   }
