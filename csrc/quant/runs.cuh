@@ -316,7 +316,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   const uint32_t x = table + (t.has_table ? kTableBytes : 0);
   const uint32_t told = barriers + 8 * (kMaxParts + of_cta);  // of this unit's sums of other ranges
   // The same in all CTAs of the cluster.
-  const uint32_t sums = x + parts_of(t, w.blocks) * kPartPieces * kTokens * kRowBytes;
+  const int parts = parts_of(t, w.blocks);
+  const uint32_t sums = x + parts * kPartPieces * kTokens * kRowBytes;
 
   let_next_start();
   bool is_ready = false;
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     is_ready = true;
     if (threadIdx.x == 0) {
       prefetch_map(&x_map);
-      for (int i = 0; i < kMaxParts; ++i) barrier_init(barriers + 8 * i, 1);
+      for (int i = 0; i < parts; ++i) barrier_init(barriers + 8 * i, 1);
       for (int i = 0; i < t.units_each; ++i) barrier_init(barriers + 8 * (kMaxParts + i), t.inner);
       barrier_init_done();
     }
