@@ -403,14 +403,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
 // ---- host ----
 
 constexpr int kSharedBytes = 224 * 1024;
-constexpr int kRangePieces = 80;  // of x of 16 tokens that fit beside a table and sums
+constexpr int kRangePieces = 80;      // of x of 16 tokens that fit beside a table
+constexpr int kWideRangePieces = 64;  // and beside sums
 
 // Ranges of columns: as many as give each SM of a large GPU 12 warps of 16 rows, and as let 16 tokens' x fit.
-// They follow from the shape alone, since bits depend on them.
+// An even number, or one, so that clusters of two share them. They follow from the shape alone, since bits
+// depend on them.
 inline int ranges_for(int rows, int pieces) {
-  const int units = (rows + 15) / 16, fit = (pieces + kRangePieces - 1) / kRangePieces;
+  const int units = (rows + 15) / 16;
+  const int fit = pieces <= kRangePieces ? 1 : (pieces + kWideRangePieces - 1) / kWideRangePieces;
   const int wanted = max(min(1536 / units, pieces / 16), fit);
-  return max(1, min(kMaxRanges, wanted));
+  return wanted <= 1 ? 1 : min(kMaxRanges, (wanted + 1) / 2 * 2);
 }
 
 // Spreads ranges and units over clusters of two CTAs, or as few more as have room for x, in one round.
