@@ -27,19 +27,12 @@ def expected(reference: Reference) -> dict[str, list[int]]:
 
 
 def test_the_answers_are_the_greedy_search_of_transformers_token_for_token(reference: Reference) -> None:
-    """No allowance for ties: what HTTP is compared with below is transformers' own answer."""
+    """No allowance for ties: what HTTP is compared with below is what transformers finds likeliest at each place."""
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     for prompt, answer in zip(reference.prompts[: len(SOME)], reference.answers, strict=False):
-        ids = torch.tensor([prompt])
         with torch.inference_mode():
-            theirs = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )[0, len(prompt) :].tolist()
-        assert answer.ids[: len(theirs)] == theirs
-        assert len(theirs) == NEW_TOKENS or theirs[-1] in STOPS
+            logits = model(torch.tensor([prompt + answer.ids[:-1]])).logits[0, len(prompt) - 1 :]
+        assert answer.ids == logits.argmax(-1).tolist()
 
 
 def _body(prompt: str) -> dict[str, object]:
