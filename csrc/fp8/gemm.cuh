@@ -39,17 +39,17 @@ struct Schedule {
 };
 
 // A tile of kWarpgroups · 64 tokens. kChunks: of a stage. kXRows: tokens that have room in the ring; of fewer
-// than 64 the products read what follows as well, for rows that nobody asks for. kStagesScales: those of
-// blocks come with the stages, instead of by loads of each thread.
-template <int kWarpgroups_, int kColumns_, int kChunks_, bool kStagesScales_, int kXRows_ = 64 * kWarpgroups_>
+// than 64 the products read what follows as well, for rows that nobody asks for. kBlocks: there is a scale
+// for each block of 128 columns, which come with the stages.
+template <bool kBlocks_, int kWarpgroups_, int kColumns_, int kChunks_, int kXRows_ = 64 * kWarpgroups_>
 struct Tile {
-  static constexpr bool kStagesScales = kStagesScales_;
+  static constexpr bool kBlocks = kBlocks_;
   static constexpr int kWarpgroups = kWarpgroups_, kColumns = kColumns_, kChunks = kChunks_;
   static constexpr int kTokens = 64 * kWarpgroups, kXRows = kXRows_;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kXChunk = kXRows * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
   // Scales of a group of chunks: of the tokens, and at its end of the weights, of gate and up.
-  static constexpr int kScaleBytes = kStagesScales ? kXRows * 16 + 128 : 0;
+  static constexpr int kScaleBytes = kBlocks ? kXRows * 16 + 128 : 0;
   static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk) + kScaleBytes;
   // Scale and bias of each column, for each warpgroup, of a tile and the next.
   static constexpr int kColumnBytes = 2 * kWarpgroups * kColumns * static_cast<int>(sizeof(float2));
@@ -206,8 +206,9 @@ struct Epilogue {
   __device__ __forceinline__ T* out(int token) const { return static_cast<T*>(p.out) + token * p.out_stride; }
 };
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 struct Roles {
+  static constexpr bool kBlocks = S::kBlocks;
   const Fp8Params& p;
   const Schedule& s;
   const Ring& ring;
@@ -228,9 +229,6 @@ struct Roles {
     return at;
   }
 
-  // Whether scales come with stages.
-  static constexpr bool kStaged = kBlocks && S::kStagesScales;
-
   // The thread is alone: every instruction of a stage costs it several clocks.
   template <typename Copy, typename CopyScales>
   __device__ __forceinline__ void bring(int bytes, int scale_bytes, Copy&& copy,
@@ -248,7 +246,7 @@ struct Roles {
       for (int step = steps(); step > 0; --step, at.advance()) {
         const uint32_t barrier = ring.full + 8 * at.slot;
         barrier_wait(ring.empty + 8 * at.slot, at.parity);
-        const bool begins = kStaged && column % kGroupColumns == 0;
+        const bool begins = kBlocks && column % kGroupColumns == 0;
         barrier_arrive_expecting(barrier, S::kChunks * bytes + (begins ? scale_bytes : 0));
         if (begins) {
           copy_scales(here, group + groups * S::kScaleBytes, column / (kChunk / 2), barrier);
@@ -314,61 +312,10 @@ struct Roles {
     }
   }
 
-  // The scales of four chunks for a thread's two tokens and for the halves of its columns, of the gate and
-  // what it gates if there is one.
-  struct Scales {
-    float4 x[2], weight[2];
-  };
-
   // What a thread's sums of one chunk are multiplied with, by half of the columns and token.
   struct Scale {
     float of[2][2];
   };
-
-  // Where a thread's scales lie: rows of whole vectors, zeros past the last chunk.
-  struct ScaleRows {
-    const float *x[2], *weight[2];
-
-    __device__ __forceinline__ Scales at(int chunk, int chunks) const {
-      const int four = min(chunk, chunks - 1) / 4;
-      Scales scales;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scales.x[i] = reinterpret_cast<const float4*>(x[i])[four];
-        scales.weight[i] = __ldg(reinterpret_cast<const float4*>(weight[i]) + four);
-      }
-      return scales;
-    }
-  };
-
-  __device__ __forceinline__ ScaleRows scale_rows(Place here, int lane) const {
-    ScaleRows rows{};
-    if constexpr (kBlocks && !kStaged) {
-      // Alike in all lanes, which the compiler must not see: it would wait for loads at once to keep them in
-      // uniform registers.
-      here.feature = __shfl_sync(~0u, here.feature, lane);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t token = min(here.token + lane / 4 + 8 * i, p.tokens - 1);
-        rows.x[i] = p.x_scales + token * p.scale_stride;
-        rows.weight[i] = weight_scales(here.feature + (p.is_gated && i == 1 ? features : 0));
-      }
-    }
-    return rows;
-  }
-
-  // The first of four chunks, which leaves.
-  __device__ __forceinline__ Scale take(Scales& scales) const {
-    Scale scale{};
-    if constexpr (kBlocks && !kStaged) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scale.of[i / 2][i % 2] = scales.weight[i / 2].x * scales.x[i % 2].x;
-      const auto shift = [](float4& v) { v = {v.y, v.z, v.w, v.w}; };
-#pragma unroll
-      for (int i = 0; i < 2; ++i) shift(scales.x[i]), shift(scales.weight[i]);
-    }
-    return scale;
-  }
 
   // A thread's place among groups of scales in shared memory.
   struct ScaleSlots {
@@ -444,26 +391,17 @@ struct Roles {
     }
   }
 
-  // A warpgroup by itself adds a chunk while it sums the next one, as far as registers go; two take turns.
-  static constexpr bool kTwoSums = S::kWarpgroups == 1 && (!kBlocks || kStaged || S::kColumns < 128);
+  // A warpgroup by itself adds a chunk while it sums the next one; two take turns.
+  static constexpr bool kTwoSums = S::kWarpgroups == 1;
 
   // The totals of a tile.
   __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at,
-                                      ScaleSlots& slots, Place here, int warpgroup) const {
-    const ScaleRows rows = scale_rows(here, threadIdx.x % 32);
-    Scales four{}, next_four{};
-    if constexpr (kBlocks && !kStaged) four = rows.at(0, s.chunks), next_four = rows.at(4, s.chunks);
+                                      ScaleSlots& slots, int warpgroup) const {
     Chunk next{at, 0, {}}, now;
-    int brought = 0;
     const auto go_on = [&](float (&free)[S::kColumns / 2]) {
       now = next;
-      if constexpr (!kStaged) now.scale = take(four);
       start(free, now, warpgroup);
-      if constexpr (kStaged) {
-        now.scale = slots.take();
-      } else if constexpr (kBlocks) {
-        if (++brought % 4 == 0) four = next_four, next_four = rows.at(brought + 4, s.chunks);
-      }
+      if constexpr (kBlocks) now.scale = slots.take();
       if (S::kChunks == 1 || ++next.in_slot == S::kChunks) next.in_slot = 0, next.at.advance();
     };
     int left = steps() * S::kChunks;
@@ -501,7 +439,7 @@ struct Roles {
       }
     }
     at = next.at;
-    if (kStaged && slots.in_group > 0) slots.end_group();
+    if (kBlocks && slots.in_group > 0) slots.end_group();
   }
 
   __device__ __forceinline__ void multiply(uint8_t* staged, float2* columns) const {
@@ -527,7 +465,7 @@ struct Roles {
         for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[min(here.token + lane / 4 + 8 * i, p.tokens - 1)];
       }
       float total[S::kColumns / 2] = {};
-      sum(total, at, slots, here, warpgroup);
+      sum(total, at, slots, warpgroup);
 
       // No warp is two tiles ahead of another of its warpgroup, so two turns are enough.
       float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
@@ -549,7 +487,7 @@ struct Roles {
   }
 };
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap scale_map,
                 const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ Fp8Params p,
@@ -559,12 +497,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   constexpr int kSlots = S::kStages * S::kChunks;
   const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk,
                   shared + kHeaderBytes + kSlots * (S::kXChunk + S::kWeightChunk)};
-  const Roles<T, S, kBlocks> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
+  const Roles<T, S> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
 
   let_next_start();
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
-    if constexpr (kBlocks && S::kStagesScales) prefetch_map(&scale_map);
+    if constexpr (S::kBlocks) prefetch_map(&scale_map);
     prefetch_map(&weight_map);
     for (int slot = 0; slot < S::kStages; ++slot) {
       barrier_init(ring.full + 8 * slot, 2);  // the threads that bring x and weights
@@ -620,7 +558,7 @@ inline bool in_vectors(const void* data, int64_t stride) {
 
 constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   const int features = p.is_gated ? p.out_features / 2 : p.out_features;
   Schedule s{};
@@ -636,11 +574,10 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   if (!encode_rows(&x_map, p.x, p.tokens, p.in_features, p.x_stride, s.x_rows) ||
       !encode_rows(&weight_map, p.weight, p.out_features, p.in_features, p.weight_stride,
                    p.is_gated ? S::kColumns / 2 : S::kColumns) ||
-      (kBlocks && S::kStagesScales &&
-       !encode_scales(&scale_map, p.x_scales, p.tokens, p.scale_stride, s.x_rows))) {
+      (S::kBlocks && !encode_scales(&scale_map, p.x_scales, p.tokens, p.scale_stride, s.x_rows))) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = gemm_kernel<T, S, kBlocks>;
+  const auto kernel = gemm_kernel<T, S>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kUsedBytes)) {
     return error;
@@ -653,24 +590,13 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
 // Up to which a tile has room for more stages, with less of x in each.
 constexpr int kFewTokens = 16;
 
-// Tiles that `launch_choice` knows: those of five sizes, and those whose scales of blocks come with the
-// stages.
-constexpr int kTileSizes = 5;
-
 // Compiled once for each type (sm90_bf16.cu, sm90_f16.cu).
 template <typename T>
 cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t stream) {
-#define TGI_TILE(number, warpgroups, columns, chunks, ...)                                                  \
-  case number:                                                                                              \
-    if (p.in_blocks)                                                                                        \
-      return launch_tile<T, Tile<warpgroups, columns, chunks, false __VA_OPT__(, ) __VA_ARGS__>, true>(     \
-          p, sms, stream);                                                                                  \
-    return launch_tile<T, Tile<warpgroups, columns, chunks, false __VA_OPT__(, ) __VA_ARGS__>, false>(      \
-        p, sms, stream);                                                                                    \
-  case kTileSizes + number:                                                                                 \
-    if (!p.in_blocks) return cudaErrorInvalidValue;                                                         \
-    return launch_tile<T, Tile<warpgroups, columns, chunks, true __VA_OPT__(, ) __VA_ARGS__>, true>(p, sms, \
-                                                                                                    stream);
+#define TGI_TILE(number, ...)                                                    \
+  case number:                                                                   \
+    return p.in_blocks ? launch_tile<T, Tile<true, __VA_ARGS__>>(p, sms, stream) \
+                       : launch_tile<T, Tile<false, __VA_ARGS__>>(p, sms, stream);
   switch (tile) {
     TGI_TILE(0, 1, 32, 4, kFewTokens)
     TGI_TILE(1, 1, 32, 4)

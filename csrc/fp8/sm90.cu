@@ -28,7 +28,7 @@ int choose(const Fp8Params& p, int sms) {
     if (best == 0 || taken < least) best = c.tile, least = taken;
   }
   if (best == 1 && p.tokens <= kFewTokens) best = 0;
-  return p.in_blocks ? kTileSizes + best : best;
+  return best;
 }
 
 }  // namespace fp8
