@@ -6,8 +6,8 @@
 // keys are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a
 // prompt is cut into chunks or which other sequences run beside it changes no bit.
 //
-// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A
-// tile's values are summed 32 head dims at a time.
+// A warp has 16 rows, and in registers their scores of a tile and the sums of a node. A tile's values are
+// summed 32 head dims at a time.
 #pragma once
 
 #include "attention/prefill_common.cuh"
@@ -87,15 +87,24 @@ struct Loader {
     const uint32_t half_page = p.kv_heads * kPageRows * row_bytes;
     const char* base = static_cast<const char*>(p.kv_pages) + (values ? half_page : 0) +
                        (kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
+    const auto to_row = [&](int i) { return to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk); };
+    uint32_t number = 0;
+    const auto from_row = [&](int i) {
+      if (kStepRows > kPageRows || i * kStepRows % kPageRows == 0)
+        number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
+      return base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
+    };
+    if (kDim == p.head_dim && tile * S::kTile >= first && (tile + 1) * S::kTile <= len) {
+#pragma unroll
+      for (int i = 0; i < S::kTile / kStepRows; ++i) copy_async(to_row(i), from_row(i));
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < S::kTile / kStepRows; ++i) {
-      const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
       const int key = tile * S::kTile + row + i * kStepRows;
-      const char* from =
-          base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
       const bool valid = chunk * 16 < row_bytes && key >= first && key < len;
-      copy_async(to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk),
-                 valid ? from : static_cast<const char*>(p.kv_pages), valid);
+      const char* from = from_row(i);
+      copy_async(to_row(i), valid ? from : static_cast<const char*>(p.kv_pages), valid);
     }
   }
 };
@@ -316,61 +325,79 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // ---- kernel ----
 
-// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond
-// them in global memory.
+// What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
+// used, they would take a quarter of the registers. What is beyond them is in global memory.
 template <int kDim>
 struct Sums {
-  float chunk[kDim == 256 ? 1 : kDim / 8][4];
-  Rows rows;
+  static constexpr bool kHasChunk = kDim < 256;
+  float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
   bool total_used;
 
   __device__ __forceinline__ void start() {
-    clear(chunk);
-    rows.clear();
     total_used = false;
+    if constexpr (kHasChunk) {
+      const float nothing[kDim / 8][4] = {};
+      Rows rows;
+      rows.clear();
+      put_chunk(nothing, rows);
+    }
   }
 
-  // The node that ends before `tile` goes up.
-  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p,
+  // The node that ends before `tile` goes up; a new one begins.
+  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p,
                                       int tile) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) merge_values(chunk[i], node[i], by);
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (tile % Tree<kDim>::kChunkTiles == 0) {
+      const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
+      if (total_used) take(node, rows, total);
+      total_used = true;
+      put(node, rows, total);
       clear(node);
-      of_node.clear();
+      rows.clear();
     }
-    if (tile % Tree<kDim>::kChunkTiles != 0) return;
-    const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
-    if constexpr (kDim < 256) {
-      to_total(chunk, rows, total);
-    } else {
-      to_total(node, of_node, total);
+    if constexpr (kHasChunk) {
+      put_chunk(node, rows);
+      clear(node);
+      rows.clear();
     }
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void to_total(float (&acc)[kCount][4], Rows& of_acc, Place total) {
-    if (total_used) take(acc, of_acc, total);
-    total_used = true;
-    put(acc, of_acc, total);
-    clear(acc);
-    of_acc.clear();
   }
 
   // node ← total + chunk + node
-  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
+  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p) {
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (total_used) take(node, rows, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
+  }
+
+ private:
+  // An index that the compiler does not know, and so cannot put the array into registers.
+  static __device__ __forceinline__ int opaque_zero() {
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    return zero;
+  }
+
+  __device__ __forceinline__ void put_chunk(const float (&acc)[kDim / 8][4], const Rows& rows) {
+    float4* to = chunk + opaque_zero();
 #pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        merge_values(chunk[i], node[i], by);
+    for (int i = 0; i < kDim / 8; ++i) to[i] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    to[kDim / 8] = make_float4(rows.maximum[0], rows.maximum[1], rows.sum[0], rows.sum[1]);
+  }
+
+  // acc ← chunk + acc
+  __device__ __forceinline__ void take_chunk(float (&acc)[kDim / 8][4], Rows& rows) const {
+    const float4* from = chunk + opaque_zero();
+    const float4 known = from[kDim / 8];
+    Rows both{{known.x, known.y}, {known.z, known.w}};
+    const Factors by = merge_sums(both, rows.maximum, rows.sum);
+    rows = both;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) node[i][j] = chunk[i][j];
-      }
-      of_node = rows;
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float4 there = from[i];
+      float left[4] = {there.x, there.y, there.z, there.w};
+      merge_values(left, acc[i], by);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i][j] = left[j];
     }
-    if (total_used) take(node, of_node, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
   }
 };
 
