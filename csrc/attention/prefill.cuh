@@ -16,11 +16,6 @@
 namespace tgi {
 namespace prefill {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-constexpr int kRows = kWarps * 16;
-static_assert(kRows == kPrefillRows / 2);
-
 // In shared memory: the block under way, and the number of that after it.
 struct Next {
   Block block;
@@ -31,16 +26,23 @@ struct Next {
 template <typename KV, int kDim>
 struct Shape : Tree<kDim> {
   using Tree<kDim>::kTile;
+  // Where two CTAs of 64 rows with two places for keys and for values have no room, one of 128 rows.
+  static constexpr int kWarps = sizeof(KV) == 2 && kDim == 128 ? 8 : 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kRows = kWarps * 16;
   static constexpr int kTilePages = kTile / kPageRows;
   static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
   static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
-  static constexpr int kValueAt = kHalfBytes;
-  static constexpr int kQueryAt = 2 * kHalfBytes;
-  static constexpr int kPowerAt = kQueryAt + kRows * kDim * 2;  // e4m3: what each row of Q was divided by
+  // For keys and values of a tile: two places, or one where a card or heads of 256 have no room.
+  static constexpr int kPlaces = kDim == 256 ? 1 : 2;
+  static constexpr int kPlaceBytes = 2 * kHalfBytes;
+  static constexpr int kPowerAt = kRows * kDim * 2;  // behind Q; e4m3: what each of its rows was divided by
   static constexpr int kBlockAt = kPowerAt + kRows * 4;
-  static constexpr int kSharedBytes = kBlockAt + static_cast<int>(sizeof(Next));
-  static constexpr int kResident = kDim == 256 ? 1 : 2;
+  static constexpr int kPlacesAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
+  static constexpr int shared_bytes(int places) { return kPlacesAt + places * kPlaceBytes; }
+  static constexpr int kResident = kDim == 256 || kWarps == 8 ? 1 : 2;
   static constexpr int kAtOnce = 4;  // tiles of 8 head dims
+  static_assert(kRows * kResident <= kPrefillRows);
 };
 
 // ---- load ----
@@ -50,7 +52,7 @@ template <typename KV, int kDim>
 struct Loader {
   using S = Shape<KV, kDim>;
   static constexpr int kChunks = S::kRowBytes / 16;
-  static constexpr int kStepRows = kThreads / kChunks;
+  static constexpr int kStepRows = S::kThreads / kChunks;
 
   int seq, kv_head;
   int first, len;  // keys some row may see
@@ -109,11 +111,11 @@ struct Loader {
   }
 };
 
-template <int kDim>
+template <typename S, int kDim>
 __device__ __forceinline__ void copy_queries(const PrefillParams& p, const Block& block, uint32_t to) {
   const int chunk = threadIdx.x % (kDim / 8);
 #pragma unroll 2
-  for (int row = threadIdx.x / (kDim / 8); row < kRows; row += kThreads / (kDim / 8)) {
+  for (int row = threadIdx.x / (kDim / 8); row < S::kRows; row += S::kThreads / (kDim / 8)) {
     const int all_row = block.first_row + row;
     const bool valid = all_row < block.rows && chunk * 8 < p.head_dim;
     const int64_t token = block.first_token + all_row / p.group;
@@ -327,7 +329,7 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
 // used, they would take a quarter of the registers. What is beyond them is in global memory.
-template <int kDim>
+template <int kDim, int kWarps>
 struct Sums {
   static constexpr bool kHasChunk = kDim < 256;
   float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
@@ -401,14 +403,16 @@ struct Sums {
   }
 };
 
-// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
-// its values while the next scores are made.
+// Two places for a tile: the next one arrives while this one is under way, and one barrier a tile says both
+// that it is there and that the place of the one before is free. One place: the next tile's keys arrive while
+// this one's values are summed, and its values while the next scores are made.
 template <typename KV, int kDim>
-__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared) {
+__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared,
+                                             bool twofold) {
   using S = Shape<KV, kDim>;
   constexpr int kTile = S::kTile;
-  const uint32_t keys = shared_address(shared), values = keys + S::kValueAt, queries = keys + S::kQueryAt;
-  const int last_row = min(block.first_row + kRows, block.rows) - 1;
+  const uint32_t queries = shared_address(shared), ring = queries + S::kPlacesAt;
+  const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / p.group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
   const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
@@ -416,16 +420,15 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
 
   Loader<KV, kDim> loader;
   loader.start(p, block, first_key, seen);
-  copy_queries<kDim>(p, block, queries);
-  loader.issue(p, false, keys);
-  loader.issue(p, true, values);
+  copy_queries<S, kDim>(p, block, queries);
+  loader.issue(p, false, ring);
+  loader.issue(p, true, ring + S::kHalfBytes);
   float score_gain[2] = {p.gain, p.gain};
   if constexpr (sizeof(KV) == 1) {
     wait_copies<1>();
     __syncthreads();
     float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
-    if (threadIdx.x < kRows)
-      powers[threadIdx.x] = query_to_f16<kDim>(shared + S::kQueryAt, threadIdx.x, p.q_is_bf16);
+    if (threadIdx.x < S::kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
@@ -433,17 +436,28 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
 
   Rows rows;
   rows.clear();
-  Sums<kDim> sums;
+  Sums<kDim, S::kWarps> sums;
   sums.start();
   float node[kDim / 8][4] = {};
+  uint32_t place = 0;
 #pragma unroll 1
   for (int tile = first_key / kTile; tile * kTile < seen; ++tile) {
-    wait_copies<1>();
+    if (twofold) {
+      wait_copies<0>();
+    } else {
+      wait_copies<1>();
+    }
     __syncthreads();
+    const uint32_t keys = ring + place, values = keys + S::kHalfBytes;
     float s[kTile / 8][4];
     multiply_keys<KV, kDim>(s, queries, keys);
-    __syncthreads();
-    loader.issue(p, false, keys);
+    if (twofold) {
+      place ^= S::kPlaceBytes;
+    } else {
+      __syncthreads();
+    }
+    loader.issue(p, false, ring + place);
+    if (twofold) loader.issue(p, true, ring + place + S::kHalfBytes);
     if (tile > first_key / kTile && tile % S::kNodeTiles == 0) sums.add(node, rows, p, tile);
 
     // Which of a tile's keys a row sees changes none of the arithmetic on the others: how rows share a block
@@ -454,20 +468,24 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
     uint32_t weights[kTile / 16][4];
     const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
-    wait_copies<1>();
-    __syncthreads();
+    if (!twofold) {
+      wait_copies<1>();
+      __syncthreads();
+    }
     add_tile<KV, kDim>(node, weights, by, values);
-    __syncthreads();
-    loader.issue(p, true, values);
+    if (!twofold) {
+      __syncthreads();
+      loader.issue(p, true, values);
+    }
   }
   wait_copies<0>();
   sums.finish(node, rows, p);
-  store<KV, kDim>(node, rows, p, block, shared + S::kQueryAt);
+  store<KV, kDim>(node, rows, p, block, shared);
 }
 
 template <typename KV, int kDim>
-__global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
-    kernel(const __grid_constant__ PrefillParams p) {
+__global__ void __launch_bounds__(Shape<KV, kDim>::kThreads, Shape<KV, kDim>::kResident)
+    kernel(const __grid_constant__ PrefillParams p, bool twofold) {
   using S = Shape<KV, kDim>;
   extern __shared__ __align__(128) char shared[];
   Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
@@ -479,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
     __syncthreads();
     if (threadIdx.x < 32) {
       Block block;
-      const bool found = find_block(block, p, next.number, kRows);
+      const bool found = find_block(block, p, next.number, S::kRows);
       __syncwarp();
       if (threadIdx.x == 0) {
         next.block = block;
@@ -493,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
     }
     __syncthreads();
     if (!next.found) return;
-    attend_block<KV, kDim>(p, next.block, shared);
+    attend_block<KV, kDim>(p, next.block, shared, twofold && S::kPlaces == 2);
   }
 }
 
@@ -502,9 +520,6 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
 template <typename KV, int kDim>
 cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   using S = Shape<KV, kDim>;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
-    return error;
   int device = 0, sms = 0, sm_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
@@ -512,11 +527,19 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
     return error;
-  const int room = sm_bytes / (S::kSharedBytes + 1024), resident = room < S::kResident ? room : S::kResident;
+  // A second place is worth less than a second CTA.
+  const bool has_room = S::kResident * (S::shared_bytes(S::kPlaces) + 1024) <= sm_bytes;
+  const int places = has_room ? S::kPlaces : 1;
+  const int shared = S::shared_bytes(places);
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+    return error;
+  const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
   // Every sequence may end in a block that is not full.
-  const int64_t blocks = (p.tokens * p.group / kRows + p.seqs) * p.kv_heads, most = sms * resident;
+  const int64_t blocks = (p.tokens * p.group / S::kRows + p.seqs) * p.kv_heads, most = sms * resident;
   const int64_t grid = blocks < most ? blocks : most;
-  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, p);
+  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), S::kThreads, shared, stream, p,
+                places == 2);
 }
 
 template <typename KV>
