@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,12 +25,14 @@ MAX_TENSORS: Final = 1 << 14
 MAX_FIELDS: Final = 1 << 16
 MAX_HEADER_BYTES: Final = 1 << 28
 MAX_STRING_BYTES: Final = 1 << 20
-MAX_TEXTS: Final = 1 << 20  # of all arrays together, as the next
+MAX_TEXTS: Final = 3 << 18  # of all arrays together, as the next
 MAX_NUMBERS: Final = 1 << 21
 MAX_DIMS: Final = 4
 MAX_ALIGNMENT: Final = 1 << 20
 MAX_NUMBER: Final = 1e30  # what fp32 holds; not a number is refused with it
 
+_NUMBER: Final = struct.Struct("<I")
+_LENGTH: Final = struct.Struct("<Q")
 STRING_TYPE: Final = 8
 ARRAY_TYPE: Final = 9
 # GGUF's number of a scalar type → its letter in struct's language.
@@ -169,7 +171,7 @@ class _HeaderReader:
     def read(self) -> tuple[Mapping[str, Value], Mapping[str, GgufTensor]]:
         if self.take(4) != b"GGUF":
             raise self.error("it does not begin with GGUF; give a .gguf file")
-        version = self.whole("I")
+        version = self.whole(_NUMBER)
         if version not in (2, 3):
             raise self.error(f"its GGUF version is {version}; versions 2 and 3, little-endian, are read")
         num_tensors = self.count("tensors", MAX_TENSORS)
@@ -214,11 +216,11 @@ class _HeaderReader:
         """A tensor's entry, its offset still counted from the start of the data."""
         name = self.string()
         short = name[:100]
-        num_dims = self.whole("I")
+        num_dims = self.whole(_NUMBER)
         if not 1 <= num_dims <= MAX_DIMS:
             raise self.error(f"tensor {short!r} has {num_dims} dimensions; 1 to {MAX_DIMS} are read")
-        shape = tuple(self.whole("Q") for _ in range(num_dims))[::-1]
-        number, offset = self.whole("I"), self.whole("Q")
+        shape = tuple(self.whole(_LENGTH) for _ in range(num_dims))[::-1]
+        number, offset = self.whole(_NUMBER), self.whole(_LENGTH)
         kind = KINDS.get(number)
         if kind is None:
             known = OTHER_KINDS.get(number)
@@ -233,12 +235,12 @@ class _HeaderReader:
         return GgufTensor(name, shape, kind, offset, math.prod(shape) // kind.values * kind.size_bytes)
 
     def value(self) -> Value:
-        type_number = self.whole("I")
+        type_number = self.whole(_NUMBER)
         if type_number == STRING_TYPE:
             return self.string()
         if type_number != ARRAY_TYPE:
             return self.numbers(self.letter(type_number), 1)[0]
-        type_number = self.whole("I")
+        type_number = self.whole(_NUMBER)
         if type_number == STRING_TYPE:
             count = self.count("array items", self.texts_left, least_bytes=8)
             self.texts_left -= count
@@ -256,7 +258,7 @@ class _HeaderReader:
 
     def count(self, what: str, limit: int, least_bytes: int = 1) -> int:
         """How many there are of something that takes `least_bytes` each: a count above the bytes left is a lie."""
-        number = self.whole("Q")
+        number = self.whole(_LENGTH)
         if number > min(limit, (self.end - self.position) // least_bytes):
             raise self.error(
                 f"it claims {number} {what} with {self.end - self.position} bytes left (limit {limit})"
@@ -272,30 +274,29 @@ class _HeaderReader:
 
     def strings(self, count: int) -> list[Scalar]:
         """As `string`, in a loop without calls: vocabularies have half a million."""
-        data, at, texts = self.data, self.position, list[Scalar]()
-        unpack: Callable[[mmap.mmap, int], tuple[int]] = struct.Struct("<Q").unpack_from
-        last = self.end - 8
-        for _ in range(count):
-            length = unpack(data, at)[0] if at <= last else MAX_STRING_BYTES + 1
-            if length > MAX_STRING_BYTES or at + 8 + length > self.end:
-                self.position = at
-                raise self.error("a text in an array is longer than the file or a megabyte")
-            at += 8
-            try:
-                texts.append(data[at : at + length].decode())
-            except UnicodeDecodeError:
-                self.position = at
-                raise self.error("a text is not UTF-8") from None
-            at += length
-        self.position = at
+        data, end, texts = self.data, self.end, list[Scalar]()
+        add, unpack = texts.append, _LENGTH.unpack_from
+        stop = self.position
+        try:
+            for _ in range(count):
+                start = stop + 8
+                stop = start + unpack(data, stop)[0] if start <= end else end + 1
+                if stop > end or stop - start > MAX_STRING_BYTES:
+                    self.position = start - 8
+                    raise self.error("a text in an array is longer than the file or a megabyte")
+                add(data[start:stop].decode())
+        except UnicodeDecodeError:
+            self.position = start
+            raise self.error("a text is not UTF-8") from None
+        self.position = stop
         return texts
 
     def numbers(self, letter: str, count: int) -> list[Scalar]:
         layout = f"<{count}{letter}"
         return list(struct.unpack(layout, self.take(struct.calcsize(layout))))
 
-    def whole(self, letter: str) -> int:
-        return int(self.numbers(letter, 1)[0])
+    def whole(self, layout: struct.Struct) -> int:
+        return int(layout.unpack(self.take(layout.size))[0])
 
     def take(self, num_bytes: int) -> bytes:
         data = self.data[self.position : min(self.position + num_bytes, self.end)]
