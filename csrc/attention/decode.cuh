@@ -372,6 +372,16 @@ __device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const 
 
 // ---- kernel ----
 
+// Brings the page numbers that this CTA is likely to need as near as the L2 cache and their address into the
+// TLB, while lengths are read and shared out: those of the sequence that it has if all are alike.
+__device__ __forceinline__ void prefetch_pages(const DecodeParams& p) {
+  const int lane = threadIdx.x - 32, line = 32;  // page numbers of 128 bytes
+  if (lane < 0 || lane >= 32 || lane * line >= p.max_pages) return;
+  const int seq = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.seqs / gridDim.x);
+  const int* at = p.page_table + static_cast<int64_t>(seq) * p.max_pages + lane * line;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // A sequence without keys, such as a graph's padding: zeros.
 __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& plan) {
   const int row = p.heads * p.head_dim;
@@ -402,6 +412,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   plan.lens = plan.starts + p.seqs + 1;
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
 
+  prefetch_pages(p);
   wait_for_previous();
   make_plan<S>(plan, p, sms);
   zero_empty(p, plan);

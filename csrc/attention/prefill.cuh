@@ -6,8 +6,8 @@
 // keys are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a
 // prompt is cut into chunks or which other sequences run beside it changes no bit.
 //
-// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A
-// tile's values are summed 32 head dims at a time.
+// A warp has 16 rows, and in registers their scores of a tile and the sums of a node. A tile's values are
+// summed 32 head dims at a time.
 #pragma once
 
 #include "attention/prefill_common.cuh"
@@ -15,11 +15,6 @@
 
 namespace tgi {
 namespace prefill {
-
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-constexpr int kRows = kWarps * 16;
-static_assert(kRows == kPrefillRows / 2);
 
 // In shared memory: the block under way, and the number of that after it.
 struct Next {
@@ -31,16 +26,23 @@ struct Next {
 template <typename KV, int kDim>
 struct Shape : Tree<kDim> {
   using Tree<kDim>::kTile;
+  // Where two CTAs of 64 rows with two places for keys and for values have no room, one of 128 rows.
+  static constexpr int kWarps = sizeof(KV) == 2 && kDim == 128 ? 8 : 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kRows = kWarps * 16;
   static constexpr int kTilePages = kTile / kPageRows;
   static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
   static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
-  static constexpr int kValueAt = kHalfBytes;
-  static constexpr int kQueryAt = 2 * kHalfBytes;
-  static constexpr int kPowerAt = kQueryAt + kRows * kDim * 2;  // e4m3: what each row of Q was divided by
+  // For keys and values of a tile: two places, or one where a card or heads of 256 have no room.
+  static constexpr int kPlaces = kDim == 256 ? 1 : 2;
+  static constexpr int kPlaceBytes = 2 * kHalfBytes;
+  static constexpr int kPowerAt = kRows * kDim * 2;  // behind Q; e4m3: what each of its rows was divided by
   static constexpr int kBlockAt = kPowerAt + kRows * 4;
-  static constexpr int kSharedBytes = kBlockAt + static_cast<int>(sizeof(Next));
-  static constexpr int kResident = kDim == 256 ? 1 : 2;
+  static constexpr int kPlacesAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
+  static constexpr int shared_bytes(int places) { return kPlacesAt + places * kPlaceBytes; }
+  static constexpr int kResident = kDim == 256 || kWarps == 8 ? 1 : 2;
   static constexpr int kAtOnce = 4;  // tiles of 8 head dims
+  static_assert(kRows * kResident <= kPrefillRows);
 };
 
 // ---- load ----
@@ -50,7 +52,7 @@ template <typename KV, int kDim>
 struct Loader {
   using S = Shape<KV, kDim>;
   static constexpr int kChunks = S::kRowBytes / 16;
-  static constexpr int kStepRows = kThreads / kChunks;
+  static constexpr int kStepRows = S::kThreads / kChunks;
 
   int seq, kv_head;
   int first, len;  // keys some row may see
@@ -87,24 +89,33 @@ struct Loader {
     const uint32_t half_page = p.kv_heads * kPageRows * row_bytes;
     const char* base = static_cast<const char*>(p.kv_pages) + (values ? half_page : 0) +
                        (kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
+    const auto to_row = [&](int i) { return to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk); };
+    uint32_t number = 0;
+    const auto from_row = [&](int i) {
+      if (kStepRows > kPageRows || i * kStepRows % kPageRows == 0)
+        number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
+      return base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
+    };
+    if (kDim == p.head_dim && tile * S::kTile >= first && (tile + 1) * S::kTile <= len) {
+#pragma unroll
+      for (int i = 0; i < S::kTile / kStepRows; ++i) copy_async(to_row(i), from_row(i));
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < S::kTile / kStepRows; ++i) {
-      const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
       const int key = tile * S::kTile + row + i * kStepRows;
-      const char* from =
-          base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
       const bool valid = chunk * 16 < row_bytes && key >= first && key < len;
-      copy_async(to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk),
-                 valid ? from : static_cast<const char*>(p.kv_pages), valid);
+      const char* from = from_row(i);
+      copy_async(to_row(i), valid ? from : static_cast<const char*>(p.kv_pages), valid);
     }
   }
 };
 
-template <int kDim>
+template <typename S, int kDim>
 __device__ __forceinline__ void copy_queries(const PrefillParams& p, const Block& block, uint32_t to) {
   const int chunk = threadIdx.x % (kDim / 8);
 #pragma unroll 2
-  for (int row = threadIdx.x / (kDim / 8); row < kRows; row += kThreads / (kDim / 8)) {
+  for (int row = threadIdx.x / (kDim / 8); row < S::kRows; row += S::kThreads / (kDim / 8)) {
     const int all_row = block.first_row + row;
     const bool valid = all_row < block.rows && chunk * 8 < p.head_dim;
     const int64_t token = block.first_token + all_row / p.group;
@@ -316,72 +327,92 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // ---- kernel ----
 
-// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond
-// them in global memory.
-template <int kDim>
+// What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
+// used, they would take a quarter of the registers. What is beyond them is in global memory.
+template <int kDim, int kWarps>
 struct Sums {
-  float chunk[kDim == 256 ? 1 : kDim / 8][4];
-  Rows rows;
+  static constexpr bool kHasChunk = kDim < 256;
+  float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
   bool total_used;
 
   __device__ __forceinline__ void start() {
-    clear(chunk);
-    rows.clear();
     total_used = false;
+    if constexpr (kHasChunk) {
+      const float nothing[kDim / 8][4] = {};
+      Rows rows;
+      rows.clear();
+      put_chunk(nothing, rows);
+    }
   }
 
-  // The node that ends before `tile` goes up.
-  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p,
+  // The node that ends before `tile` goes up; a new one begins.
+  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p,
                                       int tile) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) merge_values(chunk[i], node[i], by);
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (tile % Tree<kDim>::kChunkTiles == 0) {
+      const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
+      if (total_used) take(node, rows, total);
+      total_used = true;
+      put(node, rows, total);
       clear(node);
-      of_node.clear();
+      rows.clear();
     }
-    if (tile % Tree<kDim>::kChunkTiles != 0) return;
-    const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
-    if constexpr (kDim < 256) {
-      to_total(chunk, rows, total);
-    } else {
-      to_total(node, of_node, total);
+    if constexpr (kHasChunk) {
+      put_chunk(node, rows);
+      clear(node);
+      rows.clear();
     }
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void to_total(float (&acc)[kCount][4], Rows& of_acc, Place total) {
-    if (total_used) take(acc, of_acc, total);
-    total_used = true;
-    put(acc, of_acc, total);
-    clear(acc);
-    of_acc.clear();
   }
 
   // node ← total + chunk + node
-  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
+  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p) {
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (total_used) take(node, rows, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
+  }
+
+ private:
+  // An index that the compiler does not know, and so cannot put the array into registers.
+  static __device__ __forceinline__ int opaque_zero() {
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    return zero;
+  }
+
+  __device__ __forceinline__ void put_chunk(const float (&acc)[kDim / 8][4], const Rows& rows) {
+    float4* to = chunk + opaque_zero();
 #pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        merge_values(chunk[i], node[i], by);
+    for (int i = 0; i < kDim / 8; ++i) to[i] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    to[kDim / 8] = make_float4(rows.maximum[0], rows.maximum[1], rows.sum[0], rows.sum[1]);
+  }
+
+  // acc ← chunk + acc
+  __device__ __forceinline__ void take_chunk(float (&acc)[kDim / 8][4], Rows& rows) const {
+    const float4* from = chunk + opaque_zero();
+    const float4 known = from[kDim / 8];
+    Rows both{{known.x, known.y}, {known.z, known.w}};
+    const Factors by = merge_sums(both, rows.maximum, rows.sum);
+    rows = both;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) node[i][j] = chunk[i][j];
-      }
-      of_node = rows;
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float4 there = from[i];
+      float left[4] = {there.x, there.y, there.z, there.w};
+      merge_values(left, acc[i], by);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i][j] = left[j];
     }
-    if (total_used) take(node, of_node, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
   }
 };
 
-// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
-// its values while the next scores are made.
+// Two places for a tile: the next one arrives while this one is under way, and one barrier a tile says both
+// that it is there and that the place of the one before is free. One place: the next tile's keys arrive while
+// this one's values are summed, and its values while the next scores are made.
 template <typename KV, int kDim>
-__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared) {
+__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared,
+                                             bool twofold) {
   using S = Shape<KV, kDim>;
   constexpr int kTile = S::kTile;
-  const uint32_t keys = shared_address(shared), values = keys + S::kValueAt, queries = keys + S::kQueryAt;
-  const int last_row = min(block.first_row + kRows, block.rows) - 1;
+  const uint32_t queries = shared_address(shared), ring = queries + S::kPlacesAt;
+  const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / p.group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
   const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
@@ -389,16 +420,15 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
 
   Loader<KV, kDim> loader;
   loader.start(p, block, first_key, seen);
-  copy_queries<kDim>(p, block, queries);
-  loader.issue(p, false, keys);
-  loader.issue(p, true, values);
+  copy_queries<S, kDim>(p, block, queries);
+  loader.issue(p, false, ring);
+  loader.issue(p, true, ring + S::kHalfBytes);
   float score_gain[2] = {p.gain, p.gain};
   if constexpr (sizeof(KV) == 1) {
     wait_copies<1>();
     __syncthreads();
     float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
-    if (threadIdx.x < kRows)
-      powers[threadIdx.x] = query_to_f16<kDim>(shared + S::kQueryAt, threadIdx.x, p.q_is_bf16);
+    if (threadIdx.x < S::kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
@@ -406,17 +436,28 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
 
   Rows rows;
   rows.clear();
-  Sums<kDim> sums;
+  Sums<kDim, S::kWarps> sums;
   sums.start();
   float node[kDim / 8][4] = {};
+  uint32_t place = 0;
 #pragma unroll 1
   for (int tile = first_key / kTile; tile * kTile < seen; ++tile) {
-    wait_copies<1>();
+    if (twofold) {
+      wait_copies<0>();
+    } else {
+      wait_copies<1>();
+    }
     __syncthreads();
+    const uint32_t keys = ring + place, values = keys + S::kHalfBytes;
     float s[kTile / 8][4];
     multiply_keys<KV, kDim>(s, queries, keys);
-    __syncthreads();
-    loader.issue(p, false, keys);
+    if (twofold) {
+      place ^= S::kPlaceBytes;
+    } else {
+      __syncthreads();
+    }
+    loader.issue(p, false, ring + place);
+    if (twofold) loader.issue(p, true, ring + place + S::kHalfBytes);
     if (tile > first_key / kTile && tile % S::kNodeTiles == 0) sums.add(node, rows, p, tile);
 
     // Which of a tile's keys a row sees changes none of the arithmetic on the others: how rows share a block
@@ -427,20 +468,24 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
     uint32_t weights[kTile / 16][4];
     const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
-    wait_copies<1>();
-    __syncthreads();
+    if (!twofold) {
+      wait_copies<1>();
+      __syncthreads();
+    }
     add_tile<KV, kDim>(node, weights, by, values);
-    __syncthreads();
-    loader.issue(p, true, values);
+    if (!twofold) {
+      __syncthreads();
+      loader.issue(p, true, values);
+    }
   }
   wait_copies<0>();
   sums.finish(node, rows, p);
-  store<KV, kDim>(node, rows, p, block, shared + S::kQueryAt);
+  store<KV, kDim>(node, rows, p, block, shared);
 }
 
 template <typename KV, int kDim>
-__global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
-    kernel(const __grid_constant__ PrefillParams p) {
+__global__ void __launch_bounds__(Shape<KV, kDim>::kThreads, Shape<KV, kDim>::kResident)
+    kernel(const __grid_constant__ PrefillParams p, bool twofold) {
   using S = Shape<KV, kDim>;
   extern __shared__ __align__(128) char shared[];
   Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
@@ -452,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
     __syncthreads();
     if (threadIdx.x < 32) {
       Block block;
-      const bool found = find_block(block, p, next.number, kRows);
+      const bool found = find_block(block, p, next.number, S::kRows);
       __syncwarp();
       if (threadIdx.x == 0) {
         next.block = block;
@@ -466,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
     }
     __syncthreads();
     if (!next.found) return;
-    attend_block<KV, kDim>(p, next.block, shared);
+    attend_block<KV, kDim>(p, next.block, shared, twofold && S::kPlaces == 2);
   }
 }
 
@@ -475,9 +520,6 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
 template <typename KV, int kDim>
 cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   using S = Shape<KV, kDim>;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
-    return error;
   int device = 0, sms = 0, sm_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
@@ -485,11 +527,19 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
     return error;
-  const int room = sm_bytes / (S::kSharedBytes + 1024), resident = room < S::kResident ? room : S::kResident;
+  // A second place is worth less than a second CTA.
+  const bool has_room = S::kResident * (S::shared_bytes(S::kPlaces) + 1024) <= sm_bytes;
+  const int places = has_room ? S::kPlaces : 1;
+  const int shared = S::shared_bytes(places);
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+    return error;
+  const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
   // Every sequence may end in a block that is not full.
-  const int64_t blocks = (p.tokens * p.group / kRows + p.seqs) * p.kv_heads, most = sms * resident;
+  const int64_t blocks = (p.tokens * p.group / S::kRows + p.seqs) * p.kv_heads, most = sms * resident;
   const int64_t grid = blocks < most ? blocks : most;
-  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, p);
+  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), S::kThreads, shared, stream, p,
+                places == 2);
 }
 
 template <typename KV>
