@@ -28,6 +28,8 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_by_distance: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for every query against the keys of its sequence up to its own position.
@@ -44,6 +46,10 @@ def attention(
     tanh(score / softcap); 0: they stay. alibi_slopes: [heads] float32, times key position - query position,
     added to the scores.
     sinks: [heads] float32, one more score in the softmax that has no value.
+    bias: [tokens or 1, heads or 1, columns] float32, contiguous columns, added to the scores after cap and
+    slopes: bias[i, h, k] to that of query i, head h and the key of position k or, bias_by_distance, the key k
+    before the query (T5's buckets, one row for all tokens). Columns beyond the last are the last; 1 stands for
+    all. A query all of whose keys have -inf becomes zero.
     out: like q, contiguous; allocated when not given. Returns out.
     A token's result depends on its own sequence alone: not on its neighbours, nor on how its prompt was cut
     into steps.
@@ -56,12 +62,29 @@ def attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     try:
         ops.attention(
-            q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks, out
-        )
+            q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks, out,
+            bias, bias_by_distance,
+        )  # fmt: skip
     except RuntimeError:
         _check(q, kv_pages, page_table, query_starts, kv_lens, alibi_slopes, sinks, out)
+        check_bias(bias, q)
         raise
     return out
+
+
+def check_bias(bias: Tensor | None, q: Tensor) -> None:
+    """Raises ValueError where a bias does not fit q, [tokens, heads, head_dim]."""
+    if bias is None:
+        return
+    check_shape("bias", bias, ("tokens or 1", "heads or 1", "columns"))
+    for dim, name in enumerate(("tokens", "heads")):
+        if bias.shape[dim] not in (1, q.shape[dim]):
+            raise ValueError(f"bias has {bias.shape[dim]} {name}; it needs {q.shape[dim]}, or 1 for all")
+    check_dtype("bias", bias, torch.float32)
+    if bias.shape[2] == 0 or (bias.shape[2] > 1 and bias.stride(2) != 1):
+        raise ValueError(
+            f"bias has {bias.shape[2]} columns of stride {bias.stride(2)}; it needs contiguous ones, at least one"
+        )
 
 
 def _check(
