@@ -17,8 +17,8 @@ inline AttentionBias read_bias(const std::optional<Tensor>& bias, bool by_distan
             columns <= INT32_MAX,
         "bias has shape [", rows, ", ", of_heads, ", ", columns, "]; it needs [", tokens, " or 1, ", heads,
         " or 1, at least 1]");
-  check(bias->scalar_type() == ScalarType::Float, "bias has dtype ",
-        static_cast<int>(bias->scalar_type()), "; it needs float32, ", static_cast<int>(ScalarType::Float));
+  check(bias->scalar_type() == ScalarType::Float, "bias has dtype ", static_cast<int>(bias->scalar_type()),
+        "; it needs float32, ", static_cast<int>(ScalarType::Float));
   check(columns == 1 || bias->stride(2) == 1, "bias: its columns have stride ", bias->stride(2),
         "; they need to be contiguous");
   return {

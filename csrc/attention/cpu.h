@@ -163,7 +163,8 @@ TGI_INLINE void add_bias(const Block& b, int64_t row, int64_t step_position, Key
   }
 }
 
-// Products become what softmax sees: scaled, capped, sloped by distance, biased, −∞ where the row may not look.
+// Products become what softmax sees: scaled, capped, sloped by distance, biased, −∞ where the row may not
+// look.
 TGI_INLINE void finish_scores(const Block& b, int64_t row, int64_t step_position, float* scores) {
   const AttentionParams& p = b.p;
   const Keys seen = b.scratch.seen[row];

@@ -32,8 +32,8 @@ struct AttentionParams {
   const float* alibi_slopes;    // [heads] or nullptr
   const float* sinks;           // [heads] or nullptr
   AttentionBias bias;
-  float* out;                   // [tokens, heads, head_dim]
-  float* partials;              // [rows, 2 + head_dim]: maximum, sum, weighted values of a split
+  float* out;       // [tokens, heads, head_dim]
+  float* partials;  // [rows, 2 + head_dim]: maximum, sum, weighted values of a split
   const AttentionTask* tasks;
   int64_t num_tasks;
   int64_t q_stride, max_pages, heads, kv_heads, head_dim;

@@ -13,6 +13,7 @@
 // that costs more than the arithmetic.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/decode_merge.cuh"
 #include "attention/decode_plan.cuh"
 #include "common/copy.cuh"
@@ -39,6 +40,19 @@ struct Loader {
   bool fresh, values;
   int query_slot, item_slot;
   int page;  // each lane has the number of one of the tile's
+
+  // The same as a step's plan has it, with the first tile's page numbers.
+  __device__ __forceinline__ void start(Plan& plan, const int* record) {
+    const int4* parts = reinterpret_cast<const int4*>(record);
+    const int4 a = parts[0], b = parts[1], c = parts[2], d = parts[3];
+    page = record[16 + threadIdx.x % S::kTilePages];
+    next = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y};
+    slot = c.z, stop = c.w;
+    plan.shift = d.x, plan.total = d.y;
+    query_slot = item_slot = 0;
+    values = false;
+    fresh = true;
+  }
 
   __device__ __forceinline__ void start(const DecodeParams& p, const Plan& plan) {
     const int share = (plan.total + gridDim.x - 1) / gridDim.x;
@@ -280,9 +294,9 @@ __device__ __forceinline__ void load_values(uint32_t (&a)[4], uint32_t values, i
 }
 
 // What a row may not see, and, where there are caps or distance biases, scores in place of products.
-template <typename KV, int kDim, int kColumns>
+template <typename KV, int kDim, int kColumns, typename Params>
 __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColumns>::kKeyTiles][kColumns][4],
-                                           const Queries<KV, kDim, kColumns>& queries, const DecodeParams& p,
+                                           const Queries<KV, kDim, kColumns>& queries, const Params& p,
                                            const Item& item, bool scored) {
   using S = Shape<KV, kDim, kColumns>;
   const int lane = threadIdx.x % 32;
@@ -296,6 +310,9 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
       const int position = item.len - p.queries + row / group;
       const float slope = p.alibi_slopes ? p.alibi_slopes[item.kv_head * group + row % group] * kLog2e : 0.f;
       const float gain = __shfl_sync(~0u, queries.gain(p, n), lane % 4 * 8 + 4 * i);
+      const int biased_row = min(row, p.queries * group - 1);
+      const float* bias = bias_of(p, static_cast<int64_t>(item.seq) * p.queries + biased_row / group,
+                                  item.kv_head * group + biased_row % group);
 #pragma unroll
       for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
@@ -303,6 +320,7 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
           const int distance = key + 16 * m + 8 * h - position;
           float& score = scores[m][n][2 * h + i];
           if (scored) score = with_bias(score_of(score, gain, p.cap), slope, distance);
+          score = with_bias_of(p, bias, score, distance + position, distance);
           if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
         }
       }
@@ -372,6 +390,9 @@ __device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const 
 
 // ---- kernel ----
 
+template <typename Params>
+constexpr bool is_planned = requires(const Params& p) { p.plan; };
+
 // Brings the page numbers that this CTA is likely to need as near as the L2 cache and their address into the
 // TLB, while lengths are read and shared out: those of the sequence that it has if all are alike.
 __device__ __forceinline__ void prefetch_pages(const DecodeParams& p) {
@@ -398,9 +419,9 @@ __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& pl
 
 // The ring has a tile's keys and values apart, each with a barrier: after it they are there, and the place of
 // the half before may be filled anew. Between the two the scores are made, which the second barrier shares.
-template <typename KV, int kDim, int kColumns>
+template <typename KV, int kDim, int kColumns, typename Params>
 __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident)
-    kernel(const __grid_constant__ DecodeParams p, int halves, int sms) {
+    kernel(const __grid_constant__ Params p, int halves, int sms) {
   using S = Shape<KV, kDim, kColumns>;
   constexpr int kTile = S::kTile;
   extern __shared__ __align__(128) char shared[];
@@ -412,15 +433,25 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   plan.lens = plan.starts + p.seqs + 1;
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
 
-  prefetch_pages(p);
-  wait_for_previous();
-  make_plan<S>(plan, p, sms);
-  zero_empty(p, plan);
+  Loader<KV, kDim, kColumns> loader;
+  if constexpr (is_planned<Params>) {
+    const int* record = p.plan + plan_records_at(p.seqs) + static_cast<int>(blockIdx.x) * kPlanRecord;
+    if (threadIdx.x == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(record));
+    wait_for_previous();
+    plan.starts = const_cast<int*>(p.plan) + 4;  // read only
+    plan.lens = plan.starts + p.seqs + 1;
+    loader.start(plan, record);
+    if (record[14] != 0) zero_empty(p, plan);
+  } else {
+    if constexpr (__is_same(Params, PrefetchingDecodeParams)) prefetch_pages(p);
+    wait_for_previous();
+    make_plan<S>(plan, p, sms, gridDim.x);
+    zero_empty(p, plan);
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
-  Loader<KV, kDim, kColumns> loader;
-  loader.start(p, plan);
+  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
+  if constexpr (!is_planned<Params>) loader.start(p, plan);
   Queries<KV, kDim, kColumns> queries;
   constexpr bool kHasChunk = S::kLargestShift > S::kNodeShift;
   Node<kDim / 64, kColumns> node, chunk;  // under way
@@ -467,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
       const int base = item.tile * kTile;
       const bool all_seen =
           base + kTile <= item.len - p.queries + 1 && (p.window <= 0 || base >= item.len - p.window);
-      if (!all_seen || scored) score_tile<KV, kDim, kColumns>(products, queries, p, item, scored);
+      if (!all_seen || scored) score_tile<KV, kDim, kColumns, Params>(products, queries, p, item, scored);
       float* mine = scores + lane % 4 * 2 * kTile + lane / 4;
       const int first = warp * (16 * S::kKeyTiles);
       const int swap[2] = {score_swap(lane % 4 * 2), score_swap(lane % 4 * 2 + 1)};
@@ -508,10 +539,64 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   wait_copies<0>();
 }
 
+// What each CTA of decode begins with, for all layers of a step that share their lengths: one CTA.
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(const __grid_constant__ DecodeParams p, int sms, int ctas, int* out) {
+  extern __shared__ int shared_plan[];
+  Plan plan{shared_plan, shared_plan + 4, shared_plan + 4 + p.seqs + 1, 0, 0, 0};
+  plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
+  let_next_start();
+  wait_for_previous();
+  make_plan<S>(plan, p, sms, ctas);
+  const int share = (plan.total + ctas - 1) / ctas;
+  bool mine_empty = false;
+  for (int i = threadIdx.x; i < p.seqs; i += kThreads) mine_empty |= plan.lens[i] <= 0;
+  const bool empty = __syncthreads_or(mine_empty);
+  for (int i = threadIdx.x; i < 4 + 2 * p.seqs + 1; i += kThreads) out[i] = shared_plan[i];
+  for (int cta = threadIdx.x; cta < ctas; cta += kThreads) {
+    const int begin = cta * share, stop = min(begin + share, plan.total);
+    const Item item = item_at<S>(p, plan, begin, stop);
+    int4* to = reinterpret_cast<int4*>(out + plan_records_at(p.seqs) + cta * kPlanRecord);
+    const int next = item.slot < 0
+                         ? begin
+                         : min(stop, item.head_slot + parts_of<S::kTile>(item.first, item.len, plan.shift));
+    to[0] = make_int4(item.slot, item.seq, item.kv_head, item.block);
+    to[1] = make_int4(item.tile, item.end, item.first, item.len);
+    to[2] = make_int4(item.shift, item.head_slot, next, stop);
+    to[3] = make_int4(plan.shift, plan.total, empty, 0);
+    int* pages = reinterpret_cast<int*>(to + 4);
+    for (int i = 0; i < S::kTilePages && item.slot >= 0; ++i) {
+      const int page = min(item.tile * S::kTilePages + i, (item.len - 1) / kPageRows);
+      pages[i] = p.page_table[static_cast<int64_t>(item.seq) * p.max_pages + page];
+    }
+  }
+}
+
 // ---- host ----
 
 template <typename KV, int kDim, int kColumns>
-cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
+cudaError_t launch_plan(const DecodeParams& p, int* out, cudaStream_t stream) {
+  using S = Shape<KV, kDim, kColumns>;
+  int device = 0, sms = 0, sm_bytes = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
+    return error;
+  const int room = sm_bytes / (S::shared_bytes(S::kHalves, p.seqs) + 1024);
+  const int64_t row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
+  const int64_t tiles = (static_cast<int64_t>(p.max_pages) * kPageRows + S::kTile - 1) / S::kTile;
+  const int64_t most = p.seqs * p.kv_heads * row_blocks * tiles;
+  const int64_t resident = sms * (room < S::kResident ? room : S::kResident);
+  const int64_t grid = most < resident ? most : resident;
+  return launch(plan_kernel<S>, dim3(1), kThreads, 16 + 4 * (2 * p.seqs + 1), stream, p, sms,
+                static_cast<int>(grid > 0 ? grid : 1), out);
+}
+
+template <typename KV, int kDim, int kColumns, typename Params>
+cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
   using S = Shape<KV, kDim, kColumns>;
   int device = 0, sms = 0, sm_bytes = 0, most_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
@@ -526,7 +611,7 @@ cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
   // On cards with 99 KB a CTA, a ring of two halves where the usual one has no room.
   const int halves = S::shared_bytes(S::kHalves, p.seqs) <= most_bytes ? S::kHalves : 2;
   const int shared = S::shared_bytes(halves, p.seqs);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kColumns>,
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kColumns, Params>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return error;
   const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
@@ -534,13 +619,17 @@ cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
   const int64_t tiles = (static_cast<int64_t>(p.max_pages) * kPageRows + S::kTile - 1) / S::kTile;
   const int64_t most = p.seqs * p.kv_heads * row_blocks * tiles;
   const int64_t grid = most < sms * resident ? most : sms * resident;
-  return launch(kernel<KV, kDim, kColumns>, dim3(static_cast<unsigned>(grid > 0 ? grid : 1)), kThreads,
-                shared, stream, p, halves, sms);
+  return launch(kernel<KV, kDim, kColumns, Params>, dim3(static_cast<unsigned>(grid > 0 ? grid : 1)),
+                kThreads, shared, stream, p, halves, sms);
 }
 
-template <typename KV>
-cudaError_t launch_type(const DecodeParams& p, cudaStream_t stream) {
+template <typename KV, typename Params>
+cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   const int columns = decode_rows(p.queries * p.group, p.head_dim) / 8;
+  if constexpr (is_planned<Params> || __is_same(Params, PrefetchingDecodeParams)) {
+    if (columns != 1 || p.head_dim <= 64 || p.head_dim > 128) return cudaErrorInvalidValue;
+    return launch_shape<KV, 128, 1>(p, stream);
+  }
   const auto with_dim = [&]<int kDim>() {
     if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);
     if (columns == 2) return launch_shape<KV, kDim, 2>(p, stream);

@@ -10,6 +10,7 @@
 // summed 32 head dims at a time.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/prefill_common.cuh"
 #include "common/copy.cuh"
 
@@ -23,34 +24,37 @@ struct Next {
   int number;
 };
 
-template <typename KV, int kDim>
+using Design = PrefillDesign;
+constexpr Design kChosen = Design::twofold;
+
+template <typename KV, int kDim, Design kDesign>
 struct Shape : Tree<kDim> {
   using Tree<kDim>::kTile;
   // Where two CTAs of 64 rows with two places for keys and for values have no room, one of 128 rows.
-  static constexpr int kWarps = sizeof(KV) == 2 && kDim == 128 ? 8 : 4;
+  static constexpr bool kTwofold = kDesign >= Design::twofold;
+  static constexpr int kWarps = kTwofold && sizeof(KV) == 2 && kDim == 128 ? 8 : 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kRows = kWarps * 16;
   static constexpr int kTilePages = kTile / kPageRows;
   static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
   static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
   // For keys and values of a tile: two places, or one where a card or heads of 256 have no room.
-  static constexpr int kPlaces = kDim == 256 ? 1 : 2;
+  static constexpr int kPlaces = kDim == 256 || !kTwofold ? 1 : 2;
   static constexpr int kPlaceBytes = 2 * kHalfBytes;
   static constexpr int kPowerAt = kRows * kDim * 2;  // behind Q; e4m3: what each of its rows was divided by
   static constexpr int kBlockAt = kPowerAt + kRows * 4;
   static constexpr int kPlacesAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
   static constexpr int shared_bytes(int places) { return kPlacesAt + places * kPlaceBytes; }
   static constexpr int kResident = kDim == 256 || kWarps == 8 ? 1 : 2;
-  static constexpr int kAtOnce = 4;  // tiles of 8 head dims
   static_assert(kRows * kResident <= kPrefillRows);
 };
 
 // ---- load ----
 
 // Brings a block's keys and values, tile by tile. Numbers of pages are read a tile before their use.
-template <typename KV, int kDim>
+template <typename KV, int kDim, Design kDesign>
 struct Loader {
-  using S = Shape<KV, kDim>;
+  using S = Shape<KV, kDim, kDesign>;
   static constexpr int kChunks = S::kRowBytes / 16;
   static constexpr int kStepRows = S::kThreads / kChunks;
 
@@ -159,9 +163,42 @@ __device__ __forceinline__ float query_to_f16(char* shared, int row, bool from_b
 
 // ---- compute: a warp's 16 rows ----
 
-template <typename KV, int kDim>
-__device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][4], uint32_t queries,
-                                              uint32_t keys) {
+// A warp's rows of the queries as A operands: kept in registers, or read where they are used.
+template <int kDim, Design kDesign>
+constexpr bool kKeepsQueries = kDesign == Design::kept && kDim < 256;
+
+template <int kDim, bool kKept>
+struct Queries {
+  uint32_t fragments[kKept ? kDim / 16 : 1][4];
+  uint32_t rows;
+
+  __device__ __forceinline__ void load(uint32_t shared) {
+    rows = shared;
+    if constexpr (kKept) {
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) read(fragments[k], k);
+    }
+  }
+
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int k) const {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = fragments[k][i];
+    } else {
+      read(a, k);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void read(uint32_t (&a)[4], int k) const {
+    const int lane = threadIdx.x % 32;
+    load_matrices(a, rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
+  }
+};
+
+template <typename KV, int kDim, bool kKept>
+__device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][4],
+                                              const Queries<kDim, kKept>& queries, uint32_t keys) {
   using T = Operand<KV>;
   constexpr int kRowBytes = kDim * sizeof(KV), kTile = Tree<kDim>::kTile;
   const int lane = threadIdx.x % 32;
@@ -169,7 +206,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[4];
-    load_matrices(a, queries + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
+    queries.get(a, k);
     if constexpr (sizeof(KV) == 2) {
 #pragma unroll
       for (int pair = 0; pair < kTile / 16; ++pair) {
@@ -196,10 +233,9 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 }
 
 // Hides what a row may not see and, where there are caps or distance biases, makes scores of products.
-template <int kTile>
-__device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const PrefillParams& p,
-                                           const Block& block, int base, const float (&gain)[2],
-                                           bool scored) {
+template <int kTile, typename Params>
+__device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Params& p, const Block& block,
+                                           int base, const float (&gain)[2], bool scored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -207,6 +243,9 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Prefi
     const int first = base + lane % 4 * 2 - block.first_position - row / p.group;
     const float slope =
         p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
+    const int biased_row = min(row, block.rows - 1);
+    const float* bias = bias_of(p, static_cast<int64_t>(block.first_token) + biased_row / p.group,
+                                block.kv_head * p.group + biased_row % p.group);
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
@@ -214,6 +253,7 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Prefi
         const int distance = first + n * 8 + j;
         float& score = s[n][2 * i + j];
         if (scored) score = with_bias(score_of(score, gain[i], p.cap), slope, distance);
+        score = with_bias_of(p, bias, score, base + lane % 4 * 2 + n * 8 + j, distance);
         if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
       }
     }
@@ -253,7 +293,7 @@ __device__ __forceinline__ void add_tile(float (&node)[kDim / 8][4],
                                          const uint32_t (&weights)[Tree<kDim>::kTile / 16][4],
                                          const Factors& by, uint32_t values) {
   using T = Operand<KV>;
-  constexpr int kRowBytes = kDim * sizeof(KV), kAtOnce = Shape<KV, kDim>::kAtOnce;
+  constexpr int kRowBytes = kDim * sizeof(KV), kAtOnce = 4;  // tiles of 8 head dims
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int first = 0; first < kDim / 8; first += kAtOnce) {
@@ -329,7 +369,7 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
 // used, they would take a quarter of the registers. What is beyond them is in global memory.
-template <int kDim, int kWarps>
+template <int kDim, int kWarps, bool kLocal>
 struct Sums {
   static constexpr bool kHasChunk = kDim < 256;
   float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
@@ -374,7 +414,7 @@ struct Sums {
   // An index that the compiler does not know, and so cannot put the array into registers.
   static __device__ __forceinline__ int opaque_zero() {
     int zero = 0;
-    asm volatile("" : "+r"(zero));
+    if constexpr (kLocal) asm volatile("" : "+r"(zero));
     return zero;
   }
 
@@ -406,27 +446,29 @@ struct Sums {
 // Two places for a tile: the next one arrives while this one is under way, and one barrier a tile says both
 // that it is there and that the place of the one before is free. One place: the next tile's keys arrive while
 // this one's values are summed, and its values while the next scores are made.
-template <typename KV, int kDim>
-__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared,
+template <typename KV, int kDim, Design kDesign, typename Params>
+__device__ __forceinline__ void attend_block(const Params& p, const Block& block, char* shared,
                                              bool twofold) {
-  using S = Shape<KV, kDim>;
+  using S = Shape<KV, kDim, kDesign>;
   constexpr int kTile = S::kTile;
-  const uint32_t queries = shared_address(shared), ring = queries + S::kPlacesAt;
+  const uint32_t queries_at = shared_address(shared), ring = queries_at + S::kPlacesAt;
   const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / p.group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
   const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
-  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
+  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
 
-  Loader<KV, kDim> loader;
+  Loader<KV, kDim, kDesign> loader;
   loader.start(p, block, first_key, seen);
-  copy_queries<S, kDim>(p, block, queries);
+  copy_queries<S, kDim>(p, block, queries_at);
   loader.issue(p, false, ring);
   loader.issue(p, true, ring + S::kHalfBytes);
   float score_gain[2] = {p.gain, p.gain};
-  if constexpr (sizeof(KV) == 1) {
+  if constexpr (sizeof(KV) == 1 || kKeepsQueries<kDim, kDesign>) {
     wait_copies<1>();
     __syncthreads();
+  }
+  if constexpr (sizeof(KV) == 1) {
     float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
     if (threadIdx.x < S::kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
     __syncthreads();
@@ -434,9 +476,12 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
   }
 
+  Queries<kDim, kKeepsQueries<kDim, kDesign>> queries;
+  queries.load(queries_at);
+
   Rows rows;
   rows.clear();
-  Sums<kDim, S::kWarps> sums;
+  Sums<kDim, S::kWarps, kDesign != Design::registers> sums;
   sums.start();
   float node[kDim / 8][4] = {};
   uint32_t place = 0;
@@ -464,7 +509,7 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     // leaves no trace.
     const int base = tile * kTile;
     const bool all_seen = base + kTile <= first_query + 1 && (p.window <= 0 || base >= seen - p.window);
-    if (scored || !all_seen) score_tile<kTile>(s, p, block, base, score_gain, scored);
+    if (scored || !all_seen) score_tile<kTile, Params>(s, p, block, base, score_gain, scored);
     const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
     uint32_t weights[kTile / 16][4];
     const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
@@ -483,10 +528,10 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
   store<KV, kDim>(node, rows, p, block, shared);
 }
 
-template <typename KV, int kDim>
-__global__ void __launch_bounds__(Shape<KV, kDim>::kThreads, Shape<KV, kDim>::kResident)
-    kernel(const __grid_constant__ PrefillParams p, bool twofold) {
-  using S = Shape<KV, kDim>;
+template <typename KV, int kDim, Design kDesign, typename Params>
+__global__ void __launch_bounds__(Shape<KV, kDim, kDesign>::kThreads, Shape<KV, kDim, kDesign>::kResident)
+    kernel(const __grid_constant__ Params p, bool twofold) {
+  using S = Shape<KV, kDim, kDesign>;
   extern __shared__ __align__(128) char shared[];
   Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
   let_next_start();
@@ -511,15 +556,15 @@ __global__ void __launch_bounds__(Shape<KV, kDim>::kThreads, Shape<KV, kDim>::kR
     }
     __syncthreads();
     if (!next.found) return;
-    attend_block<KV, kDim>(p, next.block, shared, twofold && S::kPlaces == 2);
+    attend_block<KV, kDim, kDesign, Params>(p, next.block, shared, twofold && S::kPlaces == 2);
   }
 }
 
 // ---- host ----
 
-template <typename KV, int kDim>
-cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
-  using S = Shape<KV, kDim>;
+template <typename KV, int kDim, Design kDesign = kChosen, typename Params>
+cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
+  using S = Shape<KV, kDim, kDesign>;
   int device = 0, sms = 0, sm_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
@@ -531,19 +576,35 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   const bool has_room = S::kResident * (S::shared_bytes(S::kPlaces) + 1024) <= sm_bytes;
   const int places = has_room ? S::kPlaces : 1;
   const int shared = S::shared_bytes(places);
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kDesign, Params>,
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return error;
   const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
   // Every sequence may end in a block that is not full.
   const int64_t blocks = (p.tokens * p.group / S::kRows + p.seqs) * p.kv_heads, most = sms * resident;
   const int64_t grid = blocks < most ? blocks : most;
-  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), S::kThreads, shared, stream, p,
-                places == 2);
+  return launch(kernel<KV, kDim, kDesign, Params>, dim3(static_cast<unsigned>(grid)), S::kThreads, shared,
+                stream, p, places == 2);
 }
 
 template <typename KV>
-cudaError_t launch_type(const PrefillParams& p, cudaStream_t stream) {
+cudaError_t launch_design(const PrefillParams& p, Design design, cudaStream_t stream) {
+  if (p.head_dim <= 64 || p.head_dim > 128) return cudaErrorInvalidValue;
+  switch (design) {
+    case Design::registers:
+      return launch_shape<KV, 128, Design::registers>(p, stream);
+    case Design::local:
+      return launch_shape<KV, 128, Design::local>(p, stream);
+    case Design::twofold:
+      return launch_shape<KV, 128, Design::twofold>(p, stream);
+    case Design::kept:
+      return launch_shape<KV, 128, Design::kept>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename KV, typename Params>
+cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   if (p.head_dim <= 64) return launch_shape<KV, 64>(p, stream);
   if (p.head_dim <= 128) return launch_shape<KV, 128>(p, stream);
   return launch_shape<KV, 256>(p, stream);
