@@ -310,9 +310,12 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
       const int position = item.len - p.queries + row / group;
       const float slope = p.alibi_slopes ? p.alibi_slopes[item.kv_head * group + row % group] * kLog2e : 0.f;
       const float gain = __shfl_sync(~0u, queries.gain(p, n), lane % 4 * 8 + 4 * i);
-      const int biased_row = min(row, p.queries * group - 1);
-      const float* bias = bias_of(p, static_cast<int64_t>(item.seq) * p.queries + biased_row / group,
-                                  item.kv_head * group + biased_row % group);
+      const float* bias = nullptr;
+      if constexpr (has_bias<Params>) {
+        const int biased_row = min(row, p.queries * group - 1);
+        bias = bias_of(p, static_cast<int64_t>(item.seq) * p.queries + biased_row / group,
+                       item.kv_head * group + biased_row % group);
+      }
 #pragma unroll
       for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
@@ -320,7 +323,7 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
           const int distance = key + 16 * m + 8 * h - position;
           float& score = scores[m][n][2 * h + i];
           if (scored) score = with_bias(score_of(score, gain, p.cap), slope, distance);
-          score = with_bias_of(p, bias, score, distance + position, distance);
+          if constexpr (has_bias<Params>) score = with_bias_of(p, bias, score, distance + position, distance);
           if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
         }
       }
@@ -445,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   } else {
     if constexpr (__is_same(Params, PrefetchingDecodeParams)) prefetch_pages(p);
     wait_for_previous();
-    make_plan<S>(plan, p, sms, gridDim.x);
+    make_plan<S>(plan, p, sms, [] { return gridDim.x; });
     zero_empty(p, plan);
   }
 
@@ -548,7 +551,7 @@ __global__ void __launch_bounds__(kThreads)
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
   let_next_start();
   wait_for_previous();
-  make_plan<S>(plan, p, sms, ctas);
+  make_plan<S>(plan, p, sms, [=] { return static_cast<unsigned>(ctas); });
   const int share = (plan.total + ctas - 1) / ctas;
   bool mine_empty = false;
   for (int i = threadIdx.x; i < p.seqs; i += kThreads) mine_empty |= plan.lens[i] <= 0;
@@ -629,16 +632,17 @@ cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   if constexpr (is_planned<Params> || __is_same(Params, PrefetchingDecodeParams)) {
     if (columns != 1 || p.head_dim <= 64 || p.head_dim > 128) return cudaErrorInvalidValue;
     return launch_shape<KV, 128, 1>(p, stream);
+  } else {
+    const auto with_dim = [&]<int kDim>() {
+      if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);
+      if (columns == 2) return launch_shape<KV, kDim, 2>(p, stream);
+      if constexpr (kDim < 256) return launch_shape<KV, kDim, 4>(p, stream);
+      return cudaErrorInvalidValue;
+    };
+    if (p.head_dim <= 64) return with_dim.template operator()<64>();
+    if (p.head_dim <= 128) return with_dim.template operator()<128>();
+    return with_dim.template operator()<256>();
   }
-  const auto with_dim = [&]<int kDim>() {
-    if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);
-    if (columns == 2) return launch_shape<KV, kDim, 2>(p, stream);
-    if constexpr (kDim < 256) return launch_shape<KV, kDim, 4>(p, stream);
-    return cudaErrorInvalidValue;
-  };
-  if (p.head_dim <= 64) return with_dim.template operator()<64>();
-  if (p.head_dim <= 128) return with_dim.template operator()<128>();
-  return with_dim.template operator()<256>();
 }
 
 }  // namespace decode

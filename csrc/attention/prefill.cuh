@@ -163,10 +163,10 @@ __device__ __forceinline__ float query_to_f16(char* shared, int row, bool from_b
 
 // ---- compute: a warp's 16 rows ----
 
-// A warp's rows of the queries as A operands: kept in registers, or read where they are used.
 template <int kDim, Design kDesign>
 constexpr bool kKeepsQueries = kDesign == Design::kept && kDim < 256;
 
+// A warp's rows of the queries as A operands: kept in registers, or read where they are used.
 template <int kDim, bool kKept>
 struct Queries {
   uint32_t fragments[kKept ? kDim / 16 : 1][4];
@@ -175,24 +175,12 @@ struct Queries {
   __device__ __forceinline__ void load(uint32_t shared) {
     rows = shared;
     if constexpr (kKept) {
+      const int lane = threadIdx.x % 32;
 #pragma unroll
-      for (int k = 0; k < kDim / 16; ++k) read(fragments[k], k);
+      for (int k = 0; k < kDim / 16; ++k)
+        load_matrices(fragments[k],
+                      rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
     }
-  }
-
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int k) const {
-    if constexpr (kKept) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = fragments[k][i];
-    } else {
-      read(a, k);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void read(uint32_t (&a)[4], int k) const {
-    const int lane = threadIdx.x % 32;
-    load_matrices(a, rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
   }
 };
 
@@ -206,7 +194,13 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[4];
-    queries.get(a, k);
+    if constexpr (kKept) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = queries.fragments[k][i];
+    } else {
+      load_matrices(a,
+                    queries.rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
+    }
     if constexpr (sizeof(KV) == 2) {
 #pragma unroll
       for (int pair = 0; pair < kTile / 16; ++pair) {
@@ -243,9 +237,12 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Param
     const int first = base + lane % 4 * 2 - block.first_position - row / p.group;
     const float slope =
         p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
-    const int biased_row = min(row, block.rows - 1);
-    const float* bias = bias_of(p, static_cast<int64_t>(block.first_token) + biased_row / p.group,
-                                block.kv_head * p.group + biased_row % p.group);
+    const float* bias = nullptr;
+    if constexpr (has_bias<Params>) {
+      const int biased_row = min(row, block.rows - 1);
+      bias = bias_of(p, static_cast<int64_t>(block.first_token) + biased_row / p.group,
+                     block.kv_head * p.group + biased_row % p.group);
+    }
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll

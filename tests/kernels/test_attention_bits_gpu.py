@@ -70,8 +70,8 @@ def test_decode_and_prefill_agree_to_the_bit_with_a_bias(
     by_distance: bool, cache: torch.dtype | None
 ) -> None:
     case = make([(300, 2500)], cache=cache)
-    for of_tokens, options in ((not by_distance, {}), (False, {"alibi_slopes": True, "softcap": 4.0})):
-        options = with_heads(options, case.q.shape[1])
+    for of_tokens, others in ((not by_distance, {}), (False, {"alibi_slopes": True, "softcap": 4.0})):
+        options = with_heads(others, case.q.shape[1])
         options |= {"bias": bias_of(case, (of_tokens, True), 2500), "bias_by_distance": by_distance}
         assert_same_bits(prefill(case, **options), decode(tokens_of(case), **options))
 
