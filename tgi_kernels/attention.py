@@ -67,12 +67,12 @@ def attention(
         )  # fmt: skip
     except RuntimeError:
         _check(q, kv_pages, page_table, query_starts, kv_lens, alibi_slopes, sinks, out)
-        check_bias(bias, q)
+        _check_bias(bias, q)
         raise
     return out
 
 
-def check_bias(bias: Tensor | None, q: Tensor) -> None:
+def _check_bias(bias: Tensor | None, q: Tensor) -> None:
     """Raises ValueError where a bias does not fit q, [tokens, heads, head_dim]."""
     if bias is None:
         return
