@@ -140,13 +140,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// The same into the L2 cache alone.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int column, int row, int chunk) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(column),
-               "r"(row), "r"(chunk)
-               : "memory");
-}
-
 // The same into every CTA of the cluster whose bit is set, each at this address and telling its own barrier.
 __device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const CUtensorMap* map, int column,
                                             int row, int chunk, uint32_t barrier) {

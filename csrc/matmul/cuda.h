@@ -30,11 +30,4 @@ struct MatmulParams {
 cudaError_t skinny_matmul(const MatmulParams& params, DType dtype, cudaStream_t stream);
 cudaError_t gemm_matmul(const MatmulParams& params, DType dtype, cudaStream_t stream);
 
-// Tiles of 128 tokens × columns in pairs of `peers`, with weights asked for `ahead` stages: to be decided
-// between.
-struct GemmVariant {
-  int columns, peers, ahead;  // columns 0: as the others choose
-};
-cudaError_t gemm_matmul(const MatmulParams& params, GemmVariant variant, DType dtype, cudaStream_t stream);
-
 }  // namespace tgi

@@ -3,8 +3,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
-      "matmul_gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out, "
-      "int columns=0, int peers=1, int ahead=0) -> ()");
+      "matmul_gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) "
+      "-> ()");
   m.def(
       "matmul_skinny(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int epilogue, Tensor(a!) out) "
       "-> ()");

@@ -40,7 +40,6 @@ struct Schedule {
   int steps;     // stages that cover K
   int x_rows;    // of a box
   bool aligned;  // out and residual: 16 bytes everywhere
-  int ahead;     // stages of weights that the L2 cache is to have before they are copied
 };
 
 template <int kWarpgroups, int kColumns>
@@ -107,21 +106,10 @@ struct Stream {
   int chunk_bytes;  // that arrive; kChunkBytes have room
   bool shared;
   int first, up;  // rows from the tile's first to the box's, and on to those of a second box unless 0
-  int ahead;      // stages
 
   // The thread is alone: every instruction of a stage costs it several clocks.
-  // Of CTAs whose tiles share rows one leads: it asks the L2 cache for them.
-  template <typename RowOf, typename Leads>
-  __device__ __forceinline__ void run(int steps, const Ring& ring, Tiles tiles, RowOf row_of,
-                                      Leads leads) const {
-    const auto prefetch = [&](int step, int row) {
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int column = (step * kChunks + chunk) * kChunk;
-        prefetch_box(map, column, row, 0);
-        if (up != 0) prefetch_box(map, column, row + up, 0);
-      }
-    };
+  template <typename RowOf>
+  __device__ __forceinline__ void run(int steps, const Ring& ring, Tiles tiles, RowOf row_of) const {
     const auto copy = [&](uint32_t at, int column, int row, uint32_t barrier) {
       if (shared) {
         copy_box_to(3, at, map, column, row, 0, barrier);
@@ -133,12 +121,7 @@ struct Stream {
     at.parity = 1;  // the ring is empty at first
 #pragma unroll 1
     for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
-      const int row = row_of(tile) + first, next = tile + tiles.step;
-      const bool asks = ahead > 0 && leads(tile), asks_next = ahead > 0 && next < tiles.end && leads(next);
-      const int next_row = asks_next ? row_of(next) + first : 0;
-      if (asks && tile == tiles.first) {
-        for (int step = kStages; step < ahead && step < steps; ++step) prefetch(step, row);
-      }
+      const int row = row_of(tile) + first;
       int column = 0;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
@@ -150,9 +133,6 @@ struct Stream {
           copy(slot + chunk * kChunkBytes, column, row, barrier);
           if (up != 0) copy(slot + chunk * kChunkBytes + kChunkBytes / 2, column, row + up, barrier);
         }
-        const int wanted = step + ahead;
-        if (asks && wanted < steps) prefetch(wanted, row);
-        if (asks_next && wanted >= steps && wanted < 2 * steps) prefetch(wanted - steps, next_row);
       }
     }
   }
@@ -322,27 +302,16 @@ struct Roles {
         .shared = shared,
         .first = p.is_gated ? rank * up : half,
         .up = shared ? 0 : up,
-        .ahead = s.ahead,
     };
-    weights.run(
-        s.steps, ring, tiles, [&](int tile) { return place(tile).feature; },
-        [&](int tile) {
-          const int in_band = tile % (s.band * s.feature_tiles), of_band = (tile - in_band) / s.feature_tiles;
-          return in_band % min(s.band, s.token_tiles - of_band) == 0;
-        });
+    weights.run(s.steps, ring, tiles, [&](int tile) { return place(tile).feature; });
     wait_for_previous();
   }
 
   __device__ __forceinline__ void bring_x(const CUtensorMap* map) const {
-    const Stream<S::kStages, S::kChunks, S::kXChunk> x{.map = map,
-                                                       .to = ring.x,
-                                                       .chunk_bytes = s.x_rows * kRowBytes,
-                                                       .shared = false,
-                                                       .first = 0,
-                                                       .up = 0,
-                                                       .ahead = 0};
+    const Stream<S::kStages, S::kChunks, S::kXChunk> x{
+        .map = map, .to = ring.x, .chunk_bytes = s.x_rows * kRowBytes, .shared = false, .first = 0, .up = 0};
     wait_for_previous();
-    x.run(s.steps, ring, tiles, [&](int tile) { return place(tile).token; }, [](int) { return false; });
+    x.run(s.steps, ring, tiles, [&](int tile) { return place(tile).token; });
   }
 
   __device__ __forceinline__ Epilogue<T, kColumns> epilogue() const {
@@ -468,7 +437,6 @@ __global__ void __launch_bounds__(Shape<kWarpgroups, kColumns>::kThreads, 1)
 // (sm90_gemm.cu) does not change a bit of the result.
 struct Choice {
   int warpgroups, columns, peers;
-  int ahead = 0;  // see Schedule
 };
 
 // Rows of K elements as boxes of `box_rows` rows of a chunk; what lies outside arrives as zeros.
@@ -497,7 +465,6 @@ cudaError_t launch_shape(const MatmulParams& p, const Choice& c, int sms, cudaSt
   s.token_tiles = tiles_of(p.tokens, S::kTokens * c.peers);
   s.feature_tiles = tiles_of(features, tile_features);
   s.band = tiles_of(2048, S::kTokens * c.peers);
-  s.ahead = c.ahead;
   s.steps = tiles_of(p.in_features, S::kChunks * kChunk);
   s.x_rows = p.tokens < S::kTokens ? p.tokens : S::kTokens;
   s.aligned = features % 8 == 0 && in_vectors(p.out, p.out_stride) &&

@@ -58,11 +58,9 @@ void matmul_skinny_cuda(const Tensor& x, const Tensor& weight, const std::option
 }
 
 void matmul_gemm_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out,
-                      int64_t columns, int64_t peers, int64_t ahead) {
+                      const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out) {
   const MatmulParams params = params_of(x, weight, bias, residual, epilogue, out);
-  const GemmVariant variant{static_cast<int>(columns), static_cast<int>(peers), static_cast<int>(ahead)};
-  check_launch(gemm_matmul(params, variant, dtype_of(x, "x"), stream_of(x)), "matmul_gemm");
+  check_launch(gemm_matmul(params, dtype_of(x, "x"), stream_of(x)), "matmul_gemm");
 }
 
 }  // namespace

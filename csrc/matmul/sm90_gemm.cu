@@ -43,18 +43,12 @@ Choice choose(const MatmulParams& p, int sms) {
 }  // namespace gemm
 
 cudaError_t gemm_matmul(const MatmulParams& p, DType dtype, cudaStream_t stream) {
-  return gemm_matmul(p, {}, dtype, stream);
-}
-
-cudaError_t gemm_matmul(const MatmulParams& p, GemmVariant variant, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0 || p.out_features == 0) return cudaSuccess;
   int device = 0, sms = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
-  gemm::Choice choice = gemm::choose(p, sms);
-  if (variant.columns > 0) choice = {2, variant.columns, variant.peers};
-  choice.ahead = variant.ahead;
+  const gemm::Choice choice = gemm::choose(p, sms);
   return by_half_dtype(dtype, [&]<typename T>() { return gemm::launch_choice<T>(p, choice, sms, stream); });
 }
 
