@@ -67,14 +67,16 @@ def attention(
         )  # fmt: skip
     except RuntimeError:
         _check(q, kv_pages, page_table, query_starts, kv_lens, alibi_slopes, sinks, out)
-        _check_bias(bias, q)
+        _check_bias(bias, bias_by_distance, q)
         raise
     return out
 
 
-def _check_bias(bias: Tensor | None, q: Tensor) -> None:
+def _check_bias(bias: Tensor | None, by_distance: bool, q: Tensor) -> None:
     """Raises ValueError where a bias does not fit q, [tokens, heads, head_dim]."""
     if bias is None:
+        if by_distance:
+            raise ValueError("bias_by_distance without a bias; it needs one, [tokens or 1, heads or 1, columns]")
         return
     check_shape("bias", bias, ("tokens or 1", "heads or 1", "columns"))
     for dim, name in enumerate(("tokens", "heads")):

@@ -204,6 +204,11 @@ def test_a_bias_that_does_not_fit_is_refused_with_its_numbers(
         run(make(noise, [(5, 20)]), bias=bias)
 
 
+def test_distances_without_a_bias_are_refused(noise: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="bias_by_distance without a bias"):
+        run(make(noise, [(5, 20)]), bias_by_distance=True)
+
+
 OPTIONS: list[dict[str, Any]] = [{}, {"window": 20}, {"softcap": 5.0, "window": 600}]
 
 
