@@ -57,28 +57,9 @@ struct BiasedPrefillParams : PrefillParams {
   AttentionBias bias;
 };
 
-// Variants to be decided between.
-struct PrefetchingDecodeParams : DecodeParams {};  // page numbers, while lengths are shared out
-struct PlannedDecodeParams : DecodeParams {
-  const int* plan;  // of attention_decode_plan
-};
-
-// How prefill of sm_80 spends its registers and shared memory: chunks in registers, chunks in local memory,
-// besides two places for a tile, besides queries in registers.
-enum class PrefillDesign : int { registers, local, twofold, kept };
-
 // Where a bias has no numbers, the kernels without one run.
 cudaError_t attention_decode(const BiasedDecodeParams& params, CacheType type, cudaStream_t stream);
-cudaError_t attention_decode(const PrefetchingDecodeParams& params, CacheType type, cudaStream_t stream);
-cudaError_t attention_decode(const PlannedDecodeParams& params, CacheType type, cudaStream_t stream);
 cudaError_t attention_prefill(const BiasedPrefillParams& params, CacheType type, cudaStream_t stream);
-cudaError_t attention_prefill(const PrefillParams& params, CacheType type, PrefillDesign design,
-                              cudaStream_t stream);
-
-// Shares out decode's work for all layers of a step: heads of 128, eight rows or fewer.
-cudaError_t attention_decode_plan(const DecodeParams& params, CacheType type, int* plan, cudaStream_t stream);
-constexpr int kPlanRecord = 32;  // int32 of what a CTA begins with
-constexpr int plan_records_at(int seqs) { return (4 + 2 * seqs + 1 + 31) / 32 * 32; }
 
 // The same by Hopper's own instructions, in builds for 90a, for what it takes.
 bool attention_prefill_sm90_takes(const PrefillParams& params, CacheType type);

@@ -41,19 +41,6 @@ struct Loader {
   int query_slot, item_slot;
   int page;  // each lane has the number of one of the tile's
 
-  // The same as a step's plan has it, with the first tile's page numbers.
-  __device__ __forceinline__ void start(Plan& plan, const int* record) {
-    const int4* parts = reinterpret_cast<const int4*>(record);
-    const int4 a = parts[0], b = parts[1], c = parts[2], d = parts[3];
-    page = record[16 + threadIdx.x % S::kTilePages];
-    next = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y};
-    slot = c.z, stop = c.w;
-    plan.shift = d.x, plan.total = d.y;
-    query_slot = item_slot = 0;
-    values = false;
-    fresh = true;
-  }
-
   __device__ __forceinline__ void start(const DecodeParams& p, const Plan& plan) {
     const int share = (plan.total + gridDim.x - 1) / gridDim.x;
     slot = blockIdx.x * share;
@@ -393,19 +380,6 @@ __device__ __forceinline__ void add_tile(Node<kDim / 64, kColumns>& node, const 
 
 // ---- kernel ----
 
-template <typename Params>
-constexpr bool is_planned = requires(const Params& p) { p.plan; };
-
-// Brings the page numbers that this CTA is likely to need as near as the L2 cache and their address into the
-// TLB, while lengths are read and shared out: those of the sequence that it has if all are alike.
-__device__ __forceinline__ void prefetch_pages(const DecodeParams& p) {
-  const int lane = threadIdx.x - 32, line = 32;  // page numbers of 128 bytes
-  if (lane < 0 || lane >= 32 || lane * line >= p.max_pages) return;
-  const int seq = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.seqs / gridDim.x);
-  const int* at = p.page_table + static_cast<int64_t>(seq) * p.max_pages + lane * line;
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
 // A sequence without keys, such as a graph's padding: zeros.
 __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& plan) {
   const int row = p.heads * p.head_dim;
@@ -436,25 +410,14 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   plan.lens = plan.starts + p.seqs + 1;
   plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
 
-  Loader<KV, kDim, kColumns> loader;
-  if constexpr (is_planned<Params>) {
-    const int* record = p.plan + plan_records_at(p.seqs) + static_cast<int>(blockIdx.x) * kPlanRecord;
-    if (threadIdx.x == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(record));
-    wait_for_previous();
-    plan.starts = const_cast<int*>(p.plan) + 4;  // read only
-    plan.lens = plan.starts + p.seqs + 1;
-    loader.start(plan, record);
-    if (record[14] != 0) zero_empty(p, plan);
-  } else {
-    if constexpr (__is_same(Params, PrefetchingDecodeParams)) prefetch_pages(p);
-    wait_for_previous();
-    make_plan<S>(plan, p, sms, [] { return gridDim.x; });
-    zero_empty(p, plan);
-  }
+  wait_for_previous();
+  make_plan<S>(plan, p, sms);
+  zero_empty(p, plan);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
-  if constexpr (!is_planned<Params>) loader.start(p, plan);
+  Loader<KV, kDim, kColumns> loader;
+  loader.start(p, plan);
   Queries<KV, kDim, kColumns> queries;
   constexpr bool kHasChunk = S::kLargestShift > S::kNodeShift;
   Node<kDim / 64, kColumns> node, chunk;  // under way
@@ -542,61 +505,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   wait_copies<0>();
 }
 
-// What each CTA of decode begins with, for all layers of a step that share their lengths: one CTA.
-template <typename S>
-__global__ void __launch_bounds__(kThreads)
-    plan_kernel(const __grid_constant__ DecodeParams p, int sms, int ctas, int* out) {
-  extern __shared__ int shared_plan[];
-  Plan plan{shared_plan, shared_plan + 4, shared_plan + 4 + p.seqs + 1, 0, 0, 0};
-  plan.row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
-  let_next_start();
-  wait_for_previous();
-  make_plan<S>(plan, p, sms, [=] { return static_cast<unsigned>(ctas); });
-  const int share = (plan.total + ctas - 1) / ctas;
-  bool mine_empty = false;
-  for (int i = threadIdx.x; i < p.seqs; i += kThreads) mine_empty |= plan.lens[i] <= 0;
-  const bool empty = __syncthreads_or(mine_empty);
-  for (int i = threadIdx.x; i < 4 + 2 * p.seqs + 1; i += kThreads) out[i] = shared_plan[i];
-  for (int cta = threadIdx.x; cta < ctas; cta += kThreads) {
-    const int begin = cta * share, stop = min(begin + share, plan.total);
-    const Item item = item_at<S>(p, plan, begin, stop);
-    int4* to = reinterpret_cast<int4*>(out + plan_records_at(p.seqs) + cta * kPlanRecord);
-    const int next = item.slot < 0
-                         ? begin
-                         : min(stop, item.head_slot + parts_of<S::kTile>(item.first, item.len, plan.shift));
-    to[0] = make_int4(item.slot, item.seq, item.kv_head, item.block);
-    to[1] = make_int4(item.tile, item.end, item.first, item.len);
-    to[2] = make_int4(item.shift, item.head_slot, next, stop);
-    to[3] = make_int4(plan.shift, plan.total, empty, 0);
-    int* pages = reinterpret_cast<int*>(to + 4);
-    for (int i = 0; i < S::kTilePages && item.slot >= 0; ++i) {
-      const int page = min(item.tile * S::kTilePages + i, (item.len - 1) / kPageRows);
-      pages[i] = p.page_table[static_cast<int64_t>(item.seq) * p.max_pages + page];
-    }
-  }
-}
-
 // ---- host ----
-
-template <typename KV, int kDim, int kColumns>
-cudaError_t launch_plan(const DecodeParams& p, int* out, cudaStream_t stream) {
-  using S = Shape<KV, kDim, kColumns>;
-  int device = 0, sms = 0, sm_bytes = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
-    return error;
-  const int room = sm_bytes / (S::shared_bytes(S::kHalves, p.seqs) + 1024);
-  const int64_t row_blocks = (p.queries * p.group + S::kRows - 1) / S::kRows;
-  const int64_t tiles = (static_cast<int64_t>(p.max_pages) * kPageRows + S::kTile - 1) / S::kTile;
-  const int64_t most = p.seqs * p.kv_heads * row_blocks * tiles;
-  const int64_t resident = sms * (room < S::kResident ? room : S::kResident);
-  const int64_t grid = most < resident ? most : resident;
-  return launch(plan_kernel<S>, dim3(1), kThreads, 16 + 4 * (2 * p.seqs + 1), stream, p, sms,
-                static_cast<int>(grid > 0 ? grid : 1), out);
-}
 
 template <typename KV, int kDim, int kColumns, typename Params>
 cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
@@ -629,20 +538,15 @@ cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
 template <typename KV, typename Params>
 cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   const int columns = decode_rows(p.queries * p.group, p.head_dim) / 8;
-  if constexpr (is_planned<Params> || __is_same(Params, PrefetchingDecodeParams)) {
-    if (columns != 1 || p.head_dim <= 64 || p.head_dim > 128) return cudaErrorInvalidValue;
-    return launch_shape<KV, 128, 1>(p, stream);
-  } else {
-    const auto with_dim = [&]<int kDim>() {
-      if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);
-      if (columns == 2) return launch_shape<KV, kDim, 2>(p, stream);
-      if constexpr (kDim < 256) return launch_shape<KV, kDim, 4>(p, stream);
-      return cudaErrorInvalidValue;
-    };
-    if (p.head_dim <= 64) return with_dim.template operator()<64>();
-    if (p.head_dim <= 128) return with_dim.template operator()<128>();
-    return with_dim.template operator()<256>();
-  }
+  const auto with_dim = [&]<int kDim>() {
+    if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);
+    if (columns == 2) return launch_shape<KV, kDim, 2>(p, stream);
+    if constexpr (kDim < 256) return launch_shape<KV, kDim, 4>(p, stream);
+    return cudaErrorInvalidValue;
+  };
+  if (p.head_dim <= 64) return with_dim.template operator()<64>();
+  if (p.head_dim <= 128) return with_dim.template operator()<128>();
+  return with_dim.template operator()<256>();
 }
 
 }  // namespace decode

@@ -86,9 +86,9 @@ constexpr int shift_of(int level) {
 // One warp chooses the level with the shortest estimated time, in units of a tile's bytes at a processor's
 // share of the memory: what a processor reads, the latency of each CTA's tiles one after the other, the
 // writing of parts, and the merge's start and its reads of the longest sequence's parts. Fitted to an H200:
-// at 8x1024 tiles are 1.0 µs faster than nodes, at 1x8192 2.8 slower. `ctas()` is decode's grid.
-template <typename S, typename Ctas>
-__device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p, int sms, Ctas ctas) {
+// at 8x1024 tiles are 1.0 µs faster than nodes, at 1x8192 2.8 slower.
+template <typename S>
+__device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p, int sms) {
   constexpr int kTile = S::kTile;
   const int lane = threadIdx.x, copies = p.kv_heads * plan.row_blocks;
   if (threadIdx.x < 32) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const DecodeParams& p, int
       const int total = __reduce_add_sync(~0u, parts[level]) * copies;
       const int tiles = min(1 << shift_of<S>(level), longest);
       const float of_sm = ceilf(__fdividef(total, sms)) * tiles;
-      const float of_cta = ceilf(__fdividef(total, ctas())) * tiles;
+      const float of_cta = ceilf(__fdividef(total, gridDim.x)) * tiles;
       const int most = (longest + tiles - 1) / tiles;
       const float cost = of_sm * (1.f + 0.0625f / tiles) + 0.38f * of_cta +
                          (most > 1 ? 0.37f + min(most, 128) * 0.045f : 0.f);

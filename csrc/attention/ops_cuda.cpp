@@ -144,47 +144,11 @@ int64_t attention_decode_workspace(int64_t seqs, int64_t heads, int64_t kv_heads
   return workspace_for(seqs, heads, kv_heads, head_dim, queries, max_pages).bytes();
 }
 
-int64_t attention_decode_plan_ints(int64_t seqs) {
-  int device = 0, sms = 0;
-  check_launch(cudaGetDevice(&device), "attention_decode_plan_ints");
-  check_launch(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-               "attention_decode_plan_ints");
-  return plan_records_at(static_cast<int>(seqs)) + sms * 3 * kPlanRecord;
-}
-
-void attention_decode_plan_cuda(const Tensor& plan, const Tensor& kv_pages, const Tensor& page_table,
-                                const Tensor& kv_lens, int64_t heads, int64_t queries, int64_t window) {
-  const int64_t seqs = kv_lens.size(0), kv_heads = kv_pages.size(2), head_dim = kv_pages.size(4);
-  check_cuda(plan, ScalarType::Int, "plan");
-  check(plan.numel() >= attention_decode_plan_ints(seqs), "plan has ", plan.numel(),
-        " int32; this call needs ", attention_decode_plan_ints(seqs));
-  DecodeParams params{};
-  params.page_table = read_ints(page_table, "page_table");
-  params.kv_lens = read_ints(kv_lens, "kv_lens");
-  params.max_pages = static_cast<int>(page_table.size(1));
-  params.seqs = static_cast<int>(seqs);
-  params.heads = static_cast<int>(heads);
-  params.kv_heads = static_cast<int>(kv_heads);
-  params.head_dim = static_cast<int>(head_dim);
-  params.group = static_cast<int>(heads / kv_heads);
-  params.window = static_cast<int>(window);
-  params.queries = static_cast<int>(queries);
-  params.slots =
-      static_cast<int>(workspace_for(seqs, heads, kv_heads, head_dim, queries, page_table.size(1)).slots);
-  const CacheType type = kv_pages.scalar_type() == ScalarType::Float8_e4m3fn ? CacheType::e4m3
-                         : kv_pages.scalar_type() == ScalarType::Half        ? CacheType::f16
-                                                                             : CacheType::bf16;
-  check_launch(
-      attention_decode_plan(params, type, static_cast<int*>(plan.mutable_data_ptr()), stream_of(kv_pages)),
-      "attention_decode_plan");
-}
-
 void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_pages,
                            const Tensor& page_table, const Tensor& kv_lens, int64_t queries, double scale,
                            int64_t window, double softcap, const std::optional<Tensor>& alibi_slopes,
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double k_scale,
-                           double v_scale, const std::optional<Tensor>& bias, bool bias_by_distance,
-                           const std::optional<Tensor>& plan, bool prefetches) {
+                           double v_scale, const std::optional<Tensor>& bias, bool bias_by_distance) {
   const CacheType type = cache_type_of(kv_pages, q);
   BiasedDecodeParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap,
                                       alibi_slopes, sinks, k_scale, v_scale)};
@@ -205,20 +169,7 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
   params.sums = reinterpret_cast<float*>(values - room.sum_bytes);
   params.slots = static_cast<int>(room.slots);
   params.bias = read_cuda_bias(bias, bias_by_distance, q);
-  check(!bias.has_value() || (!plan.has_value() && !prefetches), "a bias takes neither plan nor prefetches");
-  if (plan.has_value()) {
-    check_cuda(*plan, ScalarType::Int, "plan");
-    check(plan->numel() >= attention_decode_plan_ints(params.seqs), "plan has ", plan->numel(),
-          " int32; this call needs ", attention_decode_plan_ints(params.seqs));
-    check_launch(
-        attention_decode(PlannedDecodeParams{params, static_cast<const int*>(plan->const_data_ptr())}, type,
-                         stream_of(q)),
-        "attention_decode");
-  } else if (prefetches) {
-    check_launch(attention_decode(PrefetchingDecodeParams{params}, type, stream_of(q)), "attention_decode");
-  } else {
-    check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
-  }
+  check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
 }
 
 // Workspace of prefill, in 32-bit words: counters, and the totals of sequences that may be longer than a
@@ -240,7 +191,7 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
                             double scale, int64_t window, double softcap,
                             const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
                             const Tensor& workspace, double k_scale, double v_scale, bool anchored,
-                            const std::optional<Tensor>& bias, bool bias_by_distance, int64_t design) {
+                            const std::optional<Tensor>& bias, bool bias_by_distance) {
   const CacheType type = cache_type_of(kv_pages, q);
   BiasedPrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap,
                                        alibi_slopes, sinks, k_scale, v_scale)};
@@ -257,12 +208,6 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
   params.tokens = q.size(0);
   params.anchored = anchored;
   params.bias = read_cuda_bias(bias, bias_by_distance, q);
-  if (design >= 0) {
-    check(!bias.has_value() && design < 4, "design is ", design, "; there are 0 to 3, without a bias");
-    check_launch(attention_prefill(params, type, static_cast<PrefillDesign>(design), stream_of(q)),
-                 "attention_prefill");
-    return;
-  }
 #if defined(TGI_HAVE_SM90)
   if (params.bias.at == nullptr && is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
     check_launch(attention_prefill_sm90(params, type, stream_of(q)), "attention_prefill");
@@ -283,7 +228,7 @@ void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_
   const Tensor workspace = torch::stable::new_zeros(
       q, {attention_prefill_workspace(q.size(2), page_table.size(1))}, ScalarType::Int);
   attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap,
-                         alibi_slopes, sinks, workspace, 1.0, 1.0, true, bias, bias_by_distance, -1);
+                         alibi_slopes, sinks, workspace, 1.0, 1.0, true, bias, bias_by_distance);
 }
 
 }  // namespace
@@ -291,13 +236,11 @@ void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
   m.impl("attention", TORCH_BOX(&tgi::attention_cuda));
-  m.impl("attention_decode_plan", TORCH_BOX(&tgi::attention_decode_plan_cuda));
   m.impl("attention_decode", TORCH_BOX(&tgi::attention_decode_cuda));
   m.impl("attention_prefill", TORCH_BOX(&tgi::attention_prefill_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CompositeExplicitAutograd, m) {
-  m.impl("attention_decode_plan_ints", TORCH_BOX(&tgi::attention_decode_plan_ints));
   m.impl("attention_decode_workspace", TORCH_BOX(&tgi::attention_decode_workspace));
   m.impl("attention_prefill_workspace", TORCH_BOX(&tgi::attention_prefill_workspace));
 }

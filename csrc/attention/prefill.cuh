@@ -17,6 +17,11 @@
 namespace tgi {
 namespace prefill {
 
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kRows = kWarps * 16;
+static_assert(kRows == kPrefillRows / 2);
+
 // In shared memory: the block under way, and the number of that after it.
 struct Next {
   Block block;
@@ -24,39 +29,28 @@ struct Next {
   int number;
 };
 
-using Design = PrefillDesign;
-constexpr Design kChosen = Design::twofold;
-
-template <typename KV, int kDim, Design kDesign>
+template <typename KV, int kDim>
 struct Shape : Tree<kDim> {
   using Tree<kDim>::kTile;
-  // Where two CTAs of 64 rows with two places for keys and for values have no room, one of 128 rows.
-  static constexpr bool kTwofold = kDesign >= Design::twofold;
-  static constexpr int kWarps = kTwofold && sizeof(KV) == 2 && kDim == 128 ? 8 : 4;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRows = kWarps * 16;
   static constexpr int kTilePages = kTile / kPageRows;
   static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
   static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
-  // For keys and values of a tile: two places, or one where a card or heads of 256 have no room.
-  static constexpr int kPlaces = kDim == 256 || !kTwofold ? 1 : 2;
-  static constexpr int kPlaceBytes = 2 * kHalfBytes;
   static constexpr int kPowerAt = kRows * kDim * 2;  // behind Q; e4m3: what each of its rows was divided by
   static constexpr int kBlockAt = kPowerAt + kRows * 4;
-  static constexpr int kPlacesAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
-  static constexpr int shared_bytes(int places) { return kPlacesAt + places * kPlaceBytes; }
-  static constexpr int kResident = kDim == 256 || kWarps == 8 ? 1 : 2;
-  static_assert(kRows * kResident <= kPrefillRows);
+  static constexpr int kKeyAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
+  static constexpr int kValueAt = kKeyAt + kHalfBytes;
+  static constexpr int kSharedBytes = kValueAt + kHalfBytes;
+  static constexpr int kResident = kDim == 256 ? 1 : 2;
 };
 
 // ---- load ----
 
 // Brings a block's keys and values, tile by tile. Numbers of pages are read a tile before their use.
-template <typename KV, int kDim, Design kDesign>
+template <typename KV, int kDim>
 struct Loader {
-  using S = Shape<KV, kDim, kDesign>;
+  using S = Shape<KV, kDim>;
   static constexpr int kChunks = S::kRowBytes / 16;
-  static constexpr int kStepRows = S::kThreads / kChunks;
+  static constexpr int kStepRows = kThreads / kChunks;
 
   int seq, kv_head;
   int first, len;  // keys some row may see
@@ -115,11 +109,11 @@ struct Loader {
   }
 };
 
-template <typename S, int kDim>
+template <int kDim>
 __device__ __forceinline__ void copy_queries(const PrefillParams& p, const Block& block, uint32_t to) {
   const int chunk = threadIdx.x % (kDim / 8);
 #pragma unroll 2
-  for (int row = threadIdx.x / (kDim / 8); row < S::kRows; row += S::kThreads / (kDim / 8)) {
+  for (int row = threadIdx.x / (kDim / 8); row < kRows; row += kThreads / (kDim / 8)) {
     const int all_row = block.first_row + row;
     const bool valid = all_row < block.rows && chunk * 8 < p.head_dim;
     const int64_t token = block.first_token + all_row / p.group;
@@ -163,30 +157,9 @@ __device__ __forceinline__ float query_to_f16(char* shared, int row, bool from_b
 
 // ---- compute: a warp's 16 rows ----
 
-template <int kDim, Design kDesign>
-constexpr bool kKeepsQueries = kDesign == Design::kept && kDim < 256;
-
-// A warp's rows of the queries as A operands: kept in registers, or read where they are used.
-template <int kDim, bool kKept>
-struct Queries {
-  uint32_t fragments[kKept ? kDim / 16 : 1][4];
-  uint32_t rows;
-
-  __device__ __forceinline__ void load(uint32_t shared) {
-    rows = shared;
-    if constexpr (kKept) {
-      const int lane = threadIdx.x % 32;
-#pragma unroll
-      for (int k = 0; k < kDim / 16; ++k)
-        load_matrices(fragments[k],
-                      rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
-    }
-  }
-};
-
-template <typename KV, int kDim, bool kKept>
-__device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][4],
-                                              const Queries<kDim, kKept>& queries, uint32_t keys) {
+template <typename KV, int kDim>
+__device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][4], uint32_t queries,
+                                              uint32_t keys) {
   using T = Operand<KV>;
   constexpr int kRowBytes = kDim * sizeof(KV), kTile = Tree<kDim>::kTile;
   const int lane = threadIdx.x % 32;
@@ -194,13 +167,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[4];
-    if constexpr (kKept) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = queries.fragments[k][i];
-    } else {
-      load_matrices(a,
-                    queries.rows + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
-    }
+    load_matrices(a, queries + swizzled<kDim * 2>(threadIdx.x / 32 * 16 + lane % 16, 2 * k + lane / 16));
     if constexpr (sizeof(KV) == 2) {
 #pragma unroll
       for (int pair = 0; pair < kTile / 16; ++pair) {
@@ -366,7 +333,7 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
 // used, they would take a quarter of the registers. What is beyond them is in global memory.
-template <int kDim, int kWarps, bool kLocal>
+template <int kDim>
 struct Sums {
   static constexpr bool kHasChunk = kDim < 256;
   float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
@@ -411,7 +378,7 @@ struct Sums {
   // An index that the compiler does not know, and so cannot put the array into registers.
   static __device__ __forceinline__ int opaque_zero() {
     int zero = 0;
-    if constexpr (kLocal) asm volatile("" : "+r"(zero));
+    asm volatile("" : "+r"(zero));
     return zero;
   }
 
@@ -440,66 +407,48 @@ struct Sums {
   }
 };
 
-// Two places for a tile: the next one arrives while this one is under way, and one barrier a tile says both
-// that it is there and that the place of the one before is free. One place: the next tile's keys arrive while
-// this one's values are summed, and its values while the next scores are made.
-template <typename KV, int kDim, Design kDesign, typename Params>
-__device__ __forceinline__ void attend_block(const Params& p, const Block& block, char* shared,
-                                             bool twofold) {
-  using S = Shape<KV, kDim, kDesign>;
+// Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
+// its values while the next scores are made.
+template <typename KV, int kDim, typename Params>
+__device__ __forceinline__ void attend_block(const Params& p, const Block& block, char* shared) {
+  using S = Shape<KV, kDim>;
   constexpr int kTile = S::kTile;
-  const uint32_t queries_at = shared_address(shared), ring = queries_at + S::kPlacesAt;
-  const int last_row = min(block.first_row + S::kRows, block.rows) - 1;
+  const uint32_t queries = shared_address(shared), keys = queries + S::kKeyAt, values = queries + S::kValueAt;
+  const int last_row = min(block.first_row + kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / p.group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
   const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
   const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
 
-  Loader<KV, kDim, kDesign> loader;
+  Loader<KV, kDim> loader;
   loader.start(p, block, first_key, seen);
-  copy_queries<S, kDim>(p, block, queries_at);
-  loader.issue(p, false, ring);
-  loader.issue(p, true, ring + S::kHalfBytes);
+  copy_queries<kDim>(p, block, queries);
+  loader.issue(p, false, keys);
+  loader.issue(p, true, values);
   float score_gain[2] = {p.gain, p.gain};
-  if constexpr (sizeof(KV) == 1 || kKeepsQueries<kDim, kDesign>) {
+  if constexpr (sizeof(KV) == 1) {
     wait_copies<1>();
     __syncthreads();
-  }
-  if constexpr (sizeof(KV) == 1) {
     float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
-    if (threadIdx.x < S::kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
+    if (threadIdx.x < kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
   }
 
-  Queries<kDim, kKeepsQueries<kDim, kDesign>> queries;
-  queries.load(queries_at);
-
   Rows rows;
   rows.clear();
-  Sums<kDim, S::kWarps, kDesign != Design::registers> sums;
+  Sums<kDim> sums;
   sums.start();
   float node[kDim / 8][4] = {};
-  uint32_t place = 0;
 #pragma unroll 1
   for (int tile = first_key / kTile; tile * kTile < seen; ++tile) {
-    if (twofold) {
-      wait_copies<0>();
-    } else {
-      wait_copies<1>();
-    }
+    wait_copies<1>();
     __syncthreads();
-    const uint32_t keys = ring + place, values = keys + S::kHalfBytes;
     float s[kTile / 8][4];
     multiply_keys<KV, kDim>(s, queries, keys);
-    if (twofold) {
-      place ^= S::kPlaceBytes;
-    } else {
-      __syncthreads();
-    }
-    loader.issue(p, false, ring + place);
-    if (twofold) loader.issue(p, true, ring + place + S::kHalfBytes);
+    __syncthreads();
+    loader.issue(p, false, keys);
     if (tile > first_key / kTile && tile % S::kNodeTiles == 0) sums.add(node, rows, p, tile);
 
     // Which of a tile's keys a row sees changes none of the arithmetic on the others: how rows share a block
@@ -510,25 +459,21 @@ __device__ __forceinline__ void attend_block(const Params& p, const Block& block
     const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
     uint32_t weights[kTile / 16][4];
     const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
-    if (!twofold) {
-      wait_copies<1>();
-      __syncthreads();
-    }
+    wait_copies<1>();
+    __syncthreads();
     add_tile<KV, kDim>(node, weights, by, values);
-    if (!twofold) {
-      __syncthreads();
-      loader.issue(p, true, values);
-    }
+    __syncthreads();
+    loader.issue(p, true, values);
   }
   wait_copies<0>();
   sums.finish(node, rows, p);
   store<KV, kDim>(node, rows, p, block, shared);
 }
 
-template <typename KV, int kDim, Design kDesign, typename Params>
-__global__ void __launch_bounds__(Shape<KV, kDim, kDesign>::kThreads, Shape<KV, kDim, kDesign>::kResident)
-    kernel(const __grid_constant__ Params p, bool twofold) {
-  using S = Shape<KV, kDim, kDesign>;
+template <typename KV, int kDim, typename Params>
+__global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
+    kernel(const __grid_constant__ Params p) {
+  using S = Shape<KV, kDim>;
   extern __shared__ __align__(128) char shared[];
   Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
   let_next_start();
@@ -539,7 +484,7 @@ __global__ void __launch_bounds__(Shape<KV, kDim, kDesign>::kThreads, Shape<KV, 
     __syncthreads();
     if (threadIdx.x < 32) {
       Block block;
-      const bool found = find_block(block, p, next.number, S::kRows);
+      const bool found = find_block(block, p, next.number, kRows);
       __syncwarp();
       if (threadIdx.x == 0) {
         next.block = block;
@@ -553,15 +498,18 @@ __global__ void __launch_bounds__(Shape<KV, kDim, kDesign>::kThreads, Shape<KV, 
     }
     __syncthreads();
     if (!next.found) return;
-    attend_block<KV, kDim, kDesign, Params>(p, next.block, shared, twofold && S::kPlaces == 2);
+    attend_block<KV, kDim, Params>(p, next.block, shared);
   }
 }
 
 // ---- host ----
 
-template <typename KV, int kDim, Design kDesign = kChosen, typename Params>
+template <typename KV, int kDim, typename Params>
 cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
-  using S = Shape<KV, kDim, kDesign>;
+  using S = Shape<KV, kDim>;
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel<KV, kDim, Params>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
+    return error;
   int device = 0, sms = 0, sm_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
@@ -569,35 +517,12 @@ cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
     return error;
-  // A second place is worth less than a second CTA.
-  const bool has_room = S::kResident * (S::shared_bytes(S::kPlaces) + 1024) <= sm_bytes;
-  const int places = has_room ? S::kPlaces : 1;
-  const int shared = S::shared_bytes(places);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kDesign, Params>,
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-    return error;
-  const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
+  const int room = sm_bytes / (S::kSharedBytes + 1024), resident = room < S::kResident ? room : S::kResident;
   // Every sequence may end in a block that is not full.
-  const int64_t blocks = (p.tokens * p.group / S::kRows + p.seqs) * p.kv_heads, most = sms * resident;
+  const int64_t blocks = (p.tokens * p.group / kRows + p.seqs) * p.kv_heads, most = sms * resident;
   const int64_t grid = blocks < most ? blocks : most;
-  return launch(kernel<KV, kDim, kDesign, Params>, dim3(static_cast<unsigned>(grid)), S::kThreads, shared,
-                stream, p, places == 2);
-}
-
-template <typename KV>
-cudaError_t launch_design(const PrefillParams& p, Design design, cudaStream_t stream) {
-  if (p.head_dim <= 64 || p.head_dim > 128) return cudaErrorInvalidValue;
-  switch (design) {
-    case Design::registers:
-      return launch_shape<KV, 128, Design::registers>(p, stream);
-    case Design::local:
-      return launch_shape<KV, 128, Design::local>(p, stream);
-    case Design::twofold:
-      return launch_shape<KV, 128, Design::twofold>(p, stream);
-    case Design::kept:
-      return launch_shape<KV, 128, Design::kept>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return launch(kernel<KV, kDim, Params>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes,
+                stream, p);
 }
 
 template <typename KV, typename Params>

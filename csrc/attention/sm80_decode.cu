@@ -10,8 +10,6 @@ namespace tgi {
 namespace decode {
 template <typename KV, typename Params>
 cudaError_t launch_type(const Params& p, cudaStream_t stream);
-template <typename KV, int kDim, int kColumns>
-cudaError_t launch_plan(const DecodeParams& p, int* plan, cudaStream_t stream);
 
 template <typename Params>
 cudaError_t launch_any(const Params& p, CacheType type, cudaStream_t stream) {
@@ -36,22 +34,6 @@ int decode_rows(int rows, int head_dim) {
 cudaError_t attention_decode(const BiasedDecodeParams& p, CacheType type, cudaStream_t stream) {
   if (p.bias.at != nullptr) return decode::launch_any(p, type, stream);
   return decode::launch_any(static_cast<const DecodeParams&>(p), type, stream);
-}
-
-cudaError_t attention_decode(const PrefetchingDecodeParams& p, CacheType type, cudaStream_t stream) {
-  return decode::launch_any(p, type, stream);
-}
-
-cudaError_t attention_decode(const PlannedDecodeParams& p, CacheType type, cudaStream_t stream) {
-  return decode::launch_any(p, type, stream);
-}
-
-cudaError_t attention_decode_plan(const DecodeParams& p, CacheType type, int* plan, cudaStream_t stream) {
-  if (p.seqs == 0) return cudaSuccess;
-  if (p.head_dim <= 64 || p.head_dim > 128 || p.queries * p.group > 8) return cudaErrorInvalidValue;
-  return type == CacheType::e4m3  ? decode::launch_plan<E4M3, 128, 1>(p, plan, stream)
-         : type == CacheType::f16 ? decode::launch_plan<__half, 128, 1>(p, plan, stream)
-                                  : decode::launch_plan<__nv_bfloat16, 128, 1>(p, plan, stream);
 }
 
 }  // namespace tgi

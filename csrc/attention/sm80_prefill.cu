@@ -10,8 +10,6 @@ namespace tgi {
 namespace prefill {
 template <typename KV, typename Params>
 cudaError_t launch_type(const Params& p, cudaStream_t stream);
-template <typename KV>
-cudaError_t launch_design(const PrefillParams& p, PrefillDesign design, cudaStream_t stream);
 
 template <typename Params>
 cudaError_t launch_any(const Params& p, CacheType type, cudaStream_t stream) {
@@ -31,14 +29,6 @@ cudaError_t launch_any(const Params& p, CacheType type, cudaStream_t stream) {
 cudaError_t attention_prefill(const BiasedPrefillParams& p, CacheType type, cudaStream_t stream) {
   if (p.bias.at != nullptr) return prefill::launch_any(p, type, stream);
   return prefill::launch_any(static_cast<const PrefillParams&>(p), type, stream);
-}
-
-cudaError_t attention_prefill(const PrefillParams& p, CacheType type, PrefillDesign design,
-                              cudaStream_t stream) {
-  if (p.seqs == 0 || p.tokens == 0) return cudaSuccess;
-  if (type == CacheType::f16) return cudaErrorInvalidValue;
-  return type == CacheType::bf16 ? prefill::launch_design<__nv_bfloat16>(p, design, stream)
-                                 : prefill::launch_design<E4M3>(p, design, stream);
 }
 
 }  // namespace tgi

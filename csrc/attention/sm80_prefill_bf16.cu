@@ -2,5 +2,4 @@
 
 namespace tgi::prefill {
 template cudaError_t launch_type<__nv_bfloat16>(const PrefillParams&, cudaStream_t);
-template cudaError_t launch_design<__nv_bfloat16>(const PrefillParams&, Design, cudaStream_t);
-}  // namespace tgi::prefill
+}
