@@ -76,7 +76,9 @@ def _check_bias(bias: Tensor | None, by_distance: bool, q: Tensor) -> None:
     """Raises ValueError where a bias does not fit q, [tokens, heads, head_dim]."""
     if bias is None:
         if by_distance:
-            raise ValueError("bias_by_distance without a bias; it needs one, [tokens or 1, heads or 1, columns]")
+            raise ValueError(
+                "bias_by_distance without a bias; it needs one, [tokens or 1, heads or 1, columns]"
+            )
         return
     check_shape("bias", bias, ("tokens or 1", "heads or 1", "columns"))
     for dim, name in enumerate(("tokens", "heads")):
