@@ -127,9 +127,15 @@ def stack(parts: Sequence[QuantWeight]) -> QuantWeight:
 
 def some_rows(weight: QuantWeight, start: int, stop: int) -> QuantWeight:
     """Rows [start, stop), as far as there are any, as a weight of their own."""
-    shared = ("order", "input_scale")
-    parts = {name: tensor[start:stop] for name, tensor in _tensors(weight).items() if name not in shared}
-    return _with(weight, parts)
+    return _with(weight, {name: tensor[start:stop] for name, tensor in _row_tensors(weight).items()})
+
+
+def ordered_rows(weight: QuantWeight, rows: Tensor) -> QuantWeight:
+    """The weight with its rows in another order. rows: [out_features] int64, on any device."""
+    places = rows.to(weight.codes.device)
+    return _with(
+        weight, {name: tensor.index_select(0, places) for name, tensor in _row_tensors(weight).items()}
+    )
 
 
 def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
@@ -156,6 +162,12 @@ def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
 def _with(weight: QuantWeight, tensors: Mapping[str, Any]) -> QuantWeight:
     """The weight with other tensors."""
     return replace(weight, **tensors)
+
+
+def _row_tensors(weight: QuantWeight) -> dict[str, Tensor]:
+    """Those with a row for each of the weight's."""
+    shared = ("order", "input_scale")
+    return {name: tensor for name, tensor in _tensors(weight).items() if name not in shared}
 
 
 def _tensors(weight: QuantWeight) -> dict[str, Tensor]:

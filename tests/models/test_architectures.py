@@ -176,10 +176,7 @@ def test_an_unknown_architecture_names_those_that_are_served(llama: Path) -> Non
     ("changes", "message"),
     [
         ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3\."),
-        (
-            {"intermediate_size": 80},
-            r"gate_proj\.weight has shape \(88, 96\); .*\(80, 96\)",
-        ),
+        ({"intermediate_size": 80}, r"down_proj\.weight has shape \(96, 88\); .*\(96, 80\)"),
         ({"vocab_size": 100}, r"embed_tokens\.weight has shape \(101, 96\)"),
         ({"num_key_value_heads": 3}, r"k_proj\.weight has shape \(32, 96\)"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported are silu"),

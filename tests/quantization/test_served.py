@@ -114,13 +114,10 @@ def test_the_settings_of_older_tools_are_found_in_files_of_their_own(tmp_path: P
         writers.quantise_folder(folder, section, make)
         expected = load(folder).step({"a": TOKENS})["a"]
         config = json.loads((folder / "config.json").read_text())
-        del config["quantization_config"], section["quant_method"]
+        older = config.pop("quantization_config")
+        del older["quant_method"]
         if name == "quant_config.json":
-            section |= {
-                "w_bit": section.pop("bits"),
-                "q_group_size": section.pop("group_size"),
-                "version": "GEMM",
-            }
+            older |= {"w_bit": older.pop("bits"), "q_group_size": older.pop("group_size"), "version": "GEMM"}
         (folder / "config.json").write_text(json.dumps(config))
-        (folder / name).write_text(json.dumps(section))
+        (folder / name).write_text(json.dumps(older))
         assert torch.equal(load(folder).step({"a": TOKENS})["a"], expected)

@@ -16,17 +16,26 @@ from tgi_server.layers.weights import Weights
 class Linear(nn.Module):
     """x · Wᵀ + b, where W stacks the matrices `names` and b their biases, as far as the checkpoint has them.
 
-    `outs` are the matrices' numbers of rows. Columns of the result follow the order of `names`.
+    `outs` are the matrices' numbers of rows. Columns of the result follow the order of `names`, and within those of
+    one matrix the order `rows`, [rows of each matrix] int64; None: their own.
     """
 
-    def __init__(self, weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        names: Sequence[str],
+        in_features: int,
+        outs: Sequence[int],
+        rows: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.names = tuple(weights.name(name) for name in names)
         self.in_features, self.outs = in_features, tuple(outs)
-        self.product = load_product(weights, names, in_features, outs)
+        self.product = load_product(weights, names, in_features, outs, rows)
         self.bias: Tensor | None = None
         if any(weights.has(f"{name}.bias") for name in names):
-            self.bias = torch.cat([_bias(weights, name, out) for name, out in zip(names, outs, strict=True)])
+            biases = [_bias(weights, name, out) for name, out in zip(names, outs, strict=True)]
+            self.bias = torch.cat(biases if rows is None else [bias[rows] for bias in biases])
 
     @property
     def rounding(self) -> PackedFp8 | None:

@@ -9,6 +9,7 @@ from tgi_kernels.fp8 import Fp8Rows
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
+from tgi_server.layers.product import take_order
 from tgi_server.layers.weights import Weights
 
 # config.json's `hidden_act` → the activation of the gate.
@@ -22,13 +23,19 @@ GATES: dict[str, Gate] = {
 
 
 class GatedMLP(nn.Module):
-    """A gated feed-forward layer; gate and up are one product."""
+    """A gated feed-forward layer; gate and up are one product.
+
+    Where down has its columns in another order (GPTQ's desc_act, EXL2) the rows of gate and up are put in it at load,
+    so that nothing is gathered between them. The bits are those of gathering.
+    """
 
     def __init__(self, weights: Weights, config: ModelConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(weights, ["gate_proj", "up_proj"], hidden, [inner, inner])
-        self.down = Linear(weights, ["down_proj"], inner, [hidden])
+        down = Linear(weights, ["down_proj"], inner, [hidden])
+        rows = take_order(down.product)
+        self.gate_up = Linear(weights, ["gate_proj", "up_proj"], hidden, [inner, inner], rows)
+        self.down = down
         self.gate = _gate(config)
 
     def forward(self, x: Tensor | Fp8Rows, residual: Tensor) -> None:

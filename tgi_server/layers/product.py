@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linea
 from tgi_kernels.quant_cpu import PackedCpu
 from tgi_kernels.quant_cuda import has_fused_product
 from tgi_kernels.quant_segments import Segments, dequantise_segments, segments_fit, stack_segments
-from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, stack
+from tgi_kernels.quant_weight import QuantWeight, dequantise, fits_together, ordered_rows, stack
 from tgi_server.layers.ending import Ending
 from tgi_server.layers.segmented import Segmented
 from tgi_server.layers.weights import Weights
@@ -62,6 +63,12 @@ class Quantised:
     def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return quant_linear(x, self.packed, bias, **ending)
 
+    def take_order(self) -> Tensor | None:
+        """That of the codes' columns; from now on those of x have to be in it."""
+        order = self.packed.order
+        self.packed = replace(self.packed, order=None)
+        return order
+
 
 class Fp8:
     """A matrix of float8 whose inputs are rounded to float8 too."""
@@ -90,11 +97,22 @@ class SideBySide:
         return _finished(parts, **ending)
 
 
-def load_product(weights: Weights, names: Sequence[str], in_features: int, outs: Sequence[int]) -> Product:
-    """The product of the matrices `names`, which have `outs` rows. Neighbours that fit together are one."""
+def load_product(
+    weights: Weights,
+    names: Sequence[str],
+    in_features: int,
+    outs: Sequence[int],
+    rows: Tensor | None = None,
+) -> Product:
+    """The product of the matrices `names`, which have `outs` rows. Neighbours that fit together are one.
+
+    rows: [rows of each matrix] int64, the order that they are put in; None: their own.
+    """
     products: list[Product] = []
     widths: list[int] = []
     matrices = [weights.matrix(name, out, in_features) for name, out in zip(names, outs, strict=True)]
+    if rows is not None:
+        matrices = [_reordered(matrix, rows) for matrix in matrices]
     while matrices:
         count = next(
             (i for i in range(1, len(matrices)) if not _fit(matrices[0], matrices[i])), len(matrices)
@@ -103,6 +121,14 @@ def load_product(weights: Weights, names: Sequence[str], in_features: int, outs:
         widths.append(sum(_rows(matrix) for matrix in run))
         products.append(_product(weights, run))
     return products[0] if len(products) == 1 else SideBySide(products, widths)
+
+
+def take_order(product: Product) -> Tensor | None:
+    """[in_features] int64, the order that columns of x have to be in from now on; None: their own, as before.
+
+    What has an order gathers columns itself until it is taken.
+    """
+    return product.take_order() if isinstance(product, (Quantised, Segmented)) else None
 
 
 def _finished(
@@ -173,6 +199,14 @@ def _rows(matrix: Tensor | QuantWeight | Segments) -> int:
     if isinstance(matrix, Segments):
         return _rows(matrix.parts[0])
     return len(matrix if isinstance(matrix, Tensor) else matrix.codes)
+
+
+def _reordered(matrix: Tensor | QuantWeight | Segments, rows: Tensor) -> Tensor | QuantWeight | Segments:
+    if isinstance(matrix, Segments):
+        return Segments(tuple(ordered_rows(part, rows) for part in matrix.parts), matrix.order)
+    if isinstance(matrix, QuantWeight):
+        return ordered_rows(matrix, rows)
+    return matrix.index_select(0, rows.to(matrix.device))
 
 
 def _fit(a: Tensor | QuantWeight | Segments, b: Tensor | QuantWeight | Segments) -> bool:

@@ -41,3 +41,8 @@ class Segmented:
         for part, columns in others:
             quant_linear(columns, part, residual=y, out=y)
         return y
+
+    def take_order(self) -> Tensor | None:
+        """That of the runs' columns, one run after another; from now on those of x have to be in it."""
+        order, self.order = self.order, None
+        return order
