@@ -18,6 +18,7 @@ from tgi_kernels import (
     activation,
     attention,
     attention_cuda,
+    columns,
     fp8,
     hopper_matmul,
     matmul,
@@ -56,6 +57,8 @@ def calls(device: str) -> Iterator[Call]:
     table, lens = ints(device, [[1], [2]]), ints(device, [9, 4])
     yield norm.rms_norm, [x, weight, 1e-5], {"out": torch.empty_like(x)}
     yield norm.add_rms_norm, [x, x.clone(), weight, 1e-5], {}
+    order = torch.arange(64, dtype=torch.int32, device=device).flip(0).contiguous()
+    yield columns.gather_columns, [x, order], {}
     yield norm.layer_norm, [x, weight, weight, 1e-5], {}
     yield norm.add_layer_norm, [x, x.clone(), weight, None, 1e-5], {}
     for gated in (activation.silu_and_mul, activation.gelu_and_mul, activation.gelu_tanh_and_mul):

@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """x · Wᵀ + b, where W stacks the matrices `names` and b their biases, as far as the checkpoint has them.
 
     `outs` are the matrices' numbers of rows. Columns of the result follow the order of `names`, and within those of
-    one matrix the order `rows`, [rows of each matrix] int64; None: their own.
+    one matrix the order `rows`, [rows of each matrix] int32 or int64; None: their own.
     """
 
     def __init__(

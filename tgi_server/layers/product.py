@@ -106,7 +106,7 @@ def load_product(
 ) -> Product:
     """The product of the matrices `names`, which have `outs` rows. Neighbours that fit together are one.
 
-    rows: [rows of each matrix] int64, the order that they are put in; None: their own.
+    rows: [rows of each matrix] int32 or int64, the order that they are put in; None: their own.
     """
     products: list[Product] = []
     widths: list[int] = []
@@ -124,7 +124,7 @@ def load_product(
 
 
 def take_order(product: Product) -> Tensor | None:
-    """[in_features] int64, the order that columns of x have to be in from now on; None: their own, as before.
+    """[in_features] int32, the order that columns of x have to be in from now on; None: their own, as before.
 
     What has an order gathers columns itself until it is taken.
     """
