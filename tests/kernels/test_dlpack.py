@@ -109,6 +109,7 @@ def calls(device: str) -> Iterator[Call]:
         yield fp8.fp8_matmul, [*fp8.quantise_e4m3(x), codes, scales], {"dtype": x.dtype}
         eight_bits = QuantWeight(codes, scales.unsqueeze(1), None, 64, 8, values="e4m3", inputs="rows")
         yield fp8.fp8_linear, [x, fp8.pack_fp8(eight_bits)], {"residual": floats(device, 3, 96)}
+        yield fp8.rms_norm_e4m3, [x, weight, 1e-5, fp8.pack_fp8(eight_bits)], {}
     yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
@@ -125,7 +126,7 @@ _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
     "pack_linear", "pack_quant", "pack_cuda", "pack_cpu", "dequantise_packed", "fits_kernels", "fits_cuda",
     "fits_cpu", "has_fused_product", "pack_runs", "fits_runs", "dequantise_runs", "pack_fp8", "fits_fp8",
-    "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
+    "fits_rms_norm_e4m3", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 _NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
 
@@ -144,6 +145,8 @@ def public_ops() -> dict[str, Callable[..., Any]]:
 
 
 def flat(value: Any) -> list[Any]:
+    if isinstance(value, fp8.Fp8Rows):
+        return [value.codes, value.scales]
     return list(value) if isinstance(value, tuple) else [] if value is None else [value]
 
 
@@ -212,6 +215,7 @@ def test_no_public_op_is_left_out() -> None:
 ON_GPUS_ALONE = (
     "attention_prefill", "attention_decode", "skinny_matmul", "gemm", "matmul", "decode_inputs", "keep_ids",
     "quant_matmul", "runs_matmul", "quantise_e4m3", "fp8_matmul", "fp8_linear",
+    "rms_norm_e4m3",
 )  # fmt: skip
 
 
