@@ -2,7 +2,8 @@
 
 The environment variable TGI_CUDA_ARCHS names the CUDA architectures to build for, such as `90a` or `80;90a`;
 without it they are those of the GPUs that nvidia-smi shows, and without GPUs there is no CUDA library.
-TGI_BUILD_JOBS bounds the number of compilers that run at once.
+TGI_BUILD_JOBS bounds the number of compilers that run at once. TGI_STRESS=1 builds CUDA kernels that pause at
+random, for tests alone (csrc/common/stress.cuh).
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def cuda_options() -> list[str]:
             )
             return ["-DTGI_CUDA_ARCHS="]
         raise SystemExit(f"TGI_CUDA_ARCHS is {asked!r} but no nvcc was found; install CUDA, or set CUDACXX")
-    return [f"-DTGI_CUDA_ARCHS={archs}", *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if archs else [])]
+    stress = "ON" if os.environ.get("TGI_STRESS") == "1" else "OFF"
+    compiler = [f"-DCMAKE_CUDA_COMPILER={nvcc}"] if archs else []
+    return [f"-DTGI_CUDA_ARCHS={archs}", f"-DTGI_STRESS={stress}", *compiler]
 
 
 def build_jobs() -> int:

@@ -50,3 +50,12 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
             f"{name} is not contiguous (shape {list(tensor.shape)}, strides {list(tensor.stride())}); "
             "call .contiguous() on it first"
         )
+
+
+def check_order(order: Tensor, columns: int) -> None:
+    """Raises ValueError unless `order` is contiguous int32 and, on CPUs, has indices of so many columns alone."""
+    check_dtype("order", order, torch.int32)
+    check_contiguous("order", order)
+    if not order.is_cuda and not bool(((order >= 0) & (order < columns)).all()):
+        low, high = int(order.min()), int(order.max())
+        raise ValueError(f"order has numbers from {low} to {high}; x has the columns 0 to {columns - 1}")

@@ -55,6 +55,8 @@ def attention_decode(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    bias: Tensor | None = None,
+    bias_by_distance: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for the last queries_per_seq tokens of every sequence.
@@ -71,7 +73,7 @@ def attention_decode(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     ops.attention_decode(
         out, q, kv_pages, page_table, kv_lens, queries_per_seq, scale, window, softcap, alibi_slopes, sinks,
-        workspace, k_scale, v_scale,
+        workspace, k_scale, v_scale, bias, bias_by_distance,
     )  # fmt: skip
     return out
 
@@ -92,6 +94,8 @@ def attention_prefill(
     v_scale: float = 1.0,
     workspace: Tensor | None = None,
     anchored: bool = True,
+    bias: Tensor | None = None,
+    bias_by_distance: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · k · scale) · v for every query against the keys of its sequence up to its own position.
@@ -99,8 +103,9 @@ def attention_prefill(
     q: [tokens, heads, head_dim] float16 or bfloat16, the queries of all sequences one after the other; tokens
     may lie apart. query_starts: [seqs + 1] int32. workspace: of `attention_prefill_workspace`; one is made where
     none is given. anchored: in the one order of additions; False: in a faster one on Hopper, whose bits depend on
-    the sequence alone as well, but are not decode's. The other arguments are those of `attention_decode`. Returns
-    out, like q. Raises RuntimeError for arguments that do not fit each other.
+    the sequence alone as well, but are not decode's. With a bias Hopper too runs the code of sm_80, anchored. The
+    other arguments are those of `attention_decode`. Returns out, like q. Raises RuntimeError for arguments that do
+    not fit each other.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -108,6 +113,6 @@ def attention_prefill(
         workspace = attention_prefill_workspace(kv_pages, page_table.shape[1])
     ops.attention_prefill(
         out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap, alibi_slopes, sinks,
-        workspace, k_scale, v_scale, anchored,
+        workspace, k_scale, v_scale, anchored, bias, bias_by_distance,
     )  # fmt: skip
     return out

@@ -56,13 +56,17 @@ def _to_torch(value: Any, foreign: list[Any]) -> Any:
         foreign.append(value)
         return from_dlpack(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{one.name: _to_torch(getattr(value, one.name), foreign) for one in fields(value)}
-        )
+        return _each_field(value, lambda one: _to_torch(one, foreign))
     return value
 
 
 def _from_torch(value: Any, back: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return back(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _each_field(value, lambda one: _from_torch(one, back))
     return tuple(_from_torch(one, back) for one in value) if isinstance(value, tuple) else value
+
+
+def _each_field(value: Any, change: Callable[[Any], Any]) -> Any:
+    return replace(value, **{one.name: change(getattr(value, one.name)) for one in fields(value)})

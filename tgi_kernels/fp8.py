@@ -20,10 +20,11 @@ from tgi_kernels.hopper_matmul import GATES
 from tgi_kernels.matmul import GATED
 from tgi_kernels.quant_weight import QuantWeight
 
-register_fakes("quantise_e4m3", "fp8_matmul")
+register_fakes("quantise_e4m3", "rms_norm_e4m3", "fp8_matmul")
 
 BLOCK = 128  # rows and columns that share a scale, where not whole rows do
 _VECTOR, _SCALES = 16, 4  # codes and scales in 16 bytes, of which rows are multiples
+_MAX_NORM_COLUMNS = 32768  # of a row that one CTA keeps
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class PackedFp8:
     in_blocks: bool
     input_scale: Tensor | None
     input_bound: float
+
+
+@dataclass(frozen=True)
+class Fp8Rows:
+    """Activations that were rounded for a product, or for several that round alike.
+
+    codes, scales: as `quantise_e4m3` returns them. dtype: of what was rounded, and of the products.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
 def fits_fp8(weight: QuantWeight) -> bool:
@@ -79,7 +95,7 @@ def pack_fp8(weight: QuantWeight) -> PackedFp8:
 
 
 def fp8_linear(
-    x: Tensor,
+    x: Tensor | Fp8Rows,
     packed: PackedFp8,
     bias: Tensor | None = None,
     *,
@@ -89,17 +105,20 @@ def fp8_linear(
 ) -> Tensor:
     """y = x · weightᵀ + bias with x rounded to float8; then residual + y, or act(first half of y) · second half.
 
-    x: [tokens, in_features], float16 or bfloat16, rows contiguous. bias: [out_features]; residual: like y, may be out;
-    both of x's dtype. out: [tokens, out_features], half as wide with a gate; allocated when not given. Returns out.
+    x: [tokens, in_features], float16 or bfloat16, rows contiguous; or what `rms_norm_e4m3` made for this matrix.
+    bias: [out_features]; residual: like y, may be out; both of x's dtype. out: [tokens, out_features], half as wide
+    with a gate; allocated when not given. Returns out.
     """
     if gate is not None and packed.in_blocks and len(packed.codes) % (2 * BLOCK):
         return GATED[gate](fp8_linear(x, packed, bias), out)
-    codes, scales = quantise_e4m3(
-        x, in_blocks=packed.in_blocks, fixed=packed.input_scale, bound=packed.input_bound
-    )
+    if isinstance(x, Tensor):
+        rounded = quantise_e4m3(
+            x, in_blocks=packed.in_blocks, fixed=packed.input_scale, bound=packed.input_bound
+        )
+        x = Fp8Rows(*rounded, x.dtype)
     return fp8_matmul(
-        codes,
-        scales,
+        x.codes,
+        x.scales,
         packed.codes,
         packed.scales,
         bias,
@@ -125,16 +144,34 @@ def quantise_e4m3(
     """
     check_shape("x", x, ("tokens", "columns"))
     check_dtype("x", x, torch.bfloat16, torch.float16)
-    tokens, columns = x.shape
+    columns = x.shape[1]
     if columns % _VECTOR:
         raise ValueError(f"x has {columns} columns; a multiple of {_VECTOR} is needed")
-    if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) != 1:
+    if not _in_vectors(x):
         x = x.clone(memory_format=torch.contiguous_format)  # the kernel reads 16 bytes at a time
-    shape = (tokens, _filled(-(-columns // BLOCK))) if in_blocks else (tokens,)
-    codes = torch.empty((tokens, columns), dtype=torch.uint8, device=x.device)
-    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    codes, scales = _empty_rows(x, in_blocks=in_blocks)
     ops.quantise_e4m3(x, fixed, bound, in_blocks, codes, scales)
     return codes, scales
+
+
+def fits_rms_norm_e4m3(x: Tensor) -> bool:
+    """Whether one kernel norms and rounds rows of x, which `fp8_linear` takes."""
+    return x.shape[1] <= _MAX_NORM_COLUMNS and _in_vectors(x)
+
+
+def rms_norm_e4m3(x: Tensor, weight: Tensor, eps: float, packed: PackedFp8) -> Fp8Rows:
+    """What rounding `norm.rms_norm(x, weight, eps)` as `packed` asks for gives, bit for bit, without writing the norm.
+
+    x: [tokens, hidden] of which `fits_rms_norm_e4m3` says yes. weight: [hidden], of x's dtype.
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    check_shape("x", x, ("tokens", packed.codes.shape[1]))
+    check_dtype("x", x, torch.bfloat16, torch.float16)
+    check_shape("weight", weight, x.shape[1:])
+    check_alike("weight", weight, "x", x)
+    codes, scales = _empty_rows(x, in_blocks=packed.in_blocks)
+    ops.rms_norm_e4m3(x, weight, eps, packed.input_scale, packed.input_bound, packed.in_blocks, codes, scales)
+    return Fp8Rows(codes, scales, x.dtype)
 
 
 def fp8_matmul(
@@ -171,6 +208,19 @@ def fp8_matmul(
     epilogue = 0 if gate is None else GATES[gate]
     ops.fp8_matmul(x, x_scales, weight, weight_scales, in_blocks, bias, residual, epilogue, out)
     return out
+
+
+def _in_vectors(x: Tensor) -> bool:
+    """Whether rows are contiguous and start on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1
+
+
+def _empty_rows(x: Tensor, *, in_blocks: bool) -> tuple[Tensor, Tensor]:
+    """Room for codes and scales of x."""
+    tokens, columns = x.shape
+    shape = (tokens, _filled(-(-columns // BLOCK))) if in_blocks else (tokens,)
+    codes = torch.empty((tokens, columns), dtype=torch.uint8, device=x.device)
+    return codes, torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _block_scales(weight: QuantWeight) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tgi_kernels._check import check_alike, check_contiguous, check_dtype, check_shape
 from tgi_kernels._library import ops, register_fakes
 from tgi_kernels.activation import Gate
+from tgi_kernels.columns import gather_columns
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant_cpu import PackedCpu, fits_cpu, pack_cpu
 from tgi_kernels.quant_cuda import PackedCuda, dequantise_packed, fits_cuda, pack_cuda, quant_matmul
@@ -74,7 +75,7 @@ def quant_linear(
     if not isinstance(packed, PackedCpu):
         return _linear_cuda(x, packed, bias, residual, gate, out)
     if packed.order is not None:
-        x = x.index_select(1, packed.order)
+        x = gather_columns(x, packed.order)
     width = packed.out_features if gate is None else _half(packed.out_features)
     if out is None:
         out = torch.empty((x.shape[0], width), dtype=torch.float32)
@@ -132,7 +133,7 @@ def _widened(
     """The product of the dense matrix, made for it."""
     dense = dequantise_packed(packed) if isinstance(packed, PackedCuda) else dequantise_runs(packed)
     if packed.order is not None:
-        x = x.index_select(1, packed.order)
+        x = gather_columns(x, packed.order)
     return linear(x, pack_linear(dense), bias, residual=residual, gate=gate, out=out)
 
 

@@ -64,7 +64,7 @@ def pack_cpu(weight: QuantWeight) -> PackedCpu:
         out_features=weight.codes.shape[0],
         in_features=weight.codes.shape[1],
         group_size=weight.group_size,
-        order=weight.order,
+        order=None if weight.order is None else weight.order.int(),
     )
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_dtype, check_shape
 from tgi_kernels._library import ops
+from tgi_kernels.columns import gather_columns
 from tgi_kernels.quant_weight import QuantWeight
 
 EDGE = 64  # rows of a strip, columns of a piece
@@ -72,7 +73,7 @@ def pack_cuda(weight: QuantWeight, dtype: torch.dtype) -> PackedCuda:
         in_features,
         size,
         bits,
-        weight.order,
+        None if weight.order is None else weight.order.int(),
     )
 
 
@@ -95,7 +96,7 @@ def quant_matmul(
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, packed.dtype)
     if packed.order is not None:
-        x = x.index_select(1, packed.order)
+        x = gather_columns(x, packed.order)
     if out is None:
         out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype, device=x.device)
     check_alike("out", out, "x", x)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from tgi_kernels._check import check_alike, check_dtype, check_shape
 from tgi_kernels._library import ops
+from tgi_kernels.columns import gather_columns
 from tgi_kernels.hopper_matmul import takes
 from tgi_kernels.matmul import linear, pack_linear
 from tgi_kernels.quant_segments import Segments
@@ -75,7 +76,7 @@ def pack_runs(weight: QuantWeight | Segments, dtype: torch.dtype) -> PackedRuns:
         dtype=dtype,
         out_features=len(parts[0].codes),
         in_features=sum(part.codes.shape[1] for part in parts),
-        order=weight.order,
+        order=None if weight.order is None else weight.order.int(),
     )
 
 
@@ -98,7 +99,7 @@ def runs_matmul(
     check_shape("x", x, ("tokens", packed.in_features))
     check_dtype("x", x, packed.dtype)
     if packed.order is not None:
-        x = x.index_select(1, packed.order)
+        x = gather_columns(x, packed.order)
     if out is None:
         out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype, device=x.device)
     check_alike("out", out, "x", x)

@@ -54,7 +54,7 @@ class QuantKind:
 
 def packed_bytes(kind: QuantKind, rows: int, columns: int, *, on_gpu: bool) -> int | None:
     """What `pack_quant` makes of rows · columns codes; None if no kernel takes them, see `fits_kernels`."""
-    order = 8 * columns if kind.is_ordered else 0
+    order = 4 * columns if kind.is_ordered else 0
     if on_gpu:
         packed = _gpu_bytes(kind, rows, columns)
         return None if packed is None else packed + order

@@ -131,7 +131,7 @@ def some_rows(weight: QuantWeight, start: int, stop: int) -> QuantWeight:
 
 
 def ordered_rows(weight: QuantWeight, rows: Tensor) -> QuantWeight:
-    """The weight with its rows in another order. rows: [out_features] int64, on any device."""
+    """The weight with its rows in another order. rows: [out_features] int32 or int64, on any device."""
     places = rows.to(weight.codes.device)
     return _with(
         weight, {name: tensor.index_select(0, places) for name, tensor in _row_tensors(weight).items()}

@@ -155,6 +155,51 @@ def prefill(
         )
 
 
+def biased(report: Report, pool: Pool) -> None:
+    """Two rows: what a bias by distance of 128 columns makes of decode at 1x1024 and of prefill at 1x8192."""
+    bias = torch.randn(1, HEADS, 128, device="cuda")
+    lens = torch.tensor([1024], dtype=torch.int32, device="cuda")
+    tables = pool.tables([1024])
+    workspace = attention_decode_workspace(1, pool.kv, HEADS, tables[0].shape[1])
+    q = torch.randn(8192, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty_like(q)
+    steps: list[Launch] = [
+        lambda table=table: attention_decode(
+            q[:1], pool.kv, table, lens, SCALE, workspace, bias=bias, bias_by_distance=True, out=out[:1]
+        )
+        for table in tables
+    ]
+    baselines = {"chain": time_chain(steps).median_s * 1e6}
+    isolated_us = time_isolated(steps).median_s * 1e6
+    report.add("attention_decode", f"bf16 {SHAPE} 1x1024 with a bias", isolated_us, baselines=baselines)
+    table = pool.tables([8192])[0]
+    starts, of_prompt = torch.tensor([[0, 8192], [8192, 0]], dtype=torch.int32, device="cuda")
+    scratch = attention_prefill_workspace(pool.kv, table.shape[1])
+    seconds = time_sustained(
+        lambda: attention_prefill(
+            q,
+            pool.kv,
+            table,
+            starts,
+            of_prompt[:1],
+            SCALE,
+            workspace=scratch,
+            bias=bias,
+            bias_by_distance=True,
+            out=out,
+        )
+    ).median_s
+    report.add(
+        "attention_prefill",
+        f"bf16 {SHAPE} causal 1x8192 with a bias",
+        4 * HEADS * HEAD_DIM * 8192 * 8193 / 2 / 1e12 / seconds,
+        metric="rate",
+        unit="TFLOP/s",
+        better="higher",
+        baselines={"us": seconds * 1e6},
+    )
+
+
 def check(name: str, got: Tensor, want: Tensor) -> None:
     """Fails where ours is not torch's result to a few roundings."""
     error = (got.float() - want.float()).abs().max().item()
@@ -170,6 +215,7 @@ def bench(report: Report, roofs: Roofs) -> None:
     decode(report, roofs, pool, f"bf16 {SHAPE} ragged 63x1024+1x131072", [1024] * 63 + [131072])
     for queries in (4, 8):
         decode(report, roofs, pool, f"bf16 {SHAPE} verify q={queries} 64x4096", [4096] * 64, queries)
+    biased(report, pool)
     for seqs, length in ((1, 8192), (4, 2048), (16, 512)):
         prefill(report, roofs, pool, f"bf16 {SHAPE} causal {seqs}x{length}", length, length, seqs)
     prefill(report, roofs, pool, f"bf16 {SHAPE} causal chunk 2048 on 100k", 2048, 102400)

@@ -43,4 +43,22 @@ __device__ __forceinline__ float gated(Activation activation, float gate, float 
   }
 }
 
+// The same of several, side by side: the choice is made once, so that none waits for another.
+template <typename T, int kCount>
+__device__ __forceinline__ void gated_all(Activation activation, const float (&gate)[kCount],
+                                          const float (&up)[kCount], float (&y)[kCount]) {
+  const auto each = [&]<Activation kActivation>() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = gated<T>(kActivation, gate[i], up[i]);
+  };
+  switch (activation) {
+    case Activation::silu:
+      return each.template operator()<Activation::silu>();
+    case Activation::gelu:
+      return each.template operator()<Activation::gelu>();
+    default:
+      return each.template operator()<Activation::gelu_tanh>();
+  }
+}
+
 }  // namespace tgi

@@ -153,7 +153,18 @@ TGI_INLINE void scale_values(float* values, float scale, int64_t size) {
   for (; d < size; ++d) values[d] *= scale;
 }
 
-// Products become what softmax sees: scaled, capped, sloped by distance, −∞ where the row may not look.
+TGI_INLINE void add_bias(const Block& b, int64_t row, int64_t step_position, Keys seen, float* scores) {
+  const AttentionBias& bias = b.p.bias;
+  const float* of_row = bias.at + b.token(row) * bias.token_stride + b.head(row) * bias.head_stride;
+  const int64_t last = bias.columns - 1, position = b.position(row);
+  for (int i = seen.first; i < seen.last; ++i) {
+    const int64_t key = step_position + i, column = bias.by_distance ? position - key : key;
+    scores[i] += of_row[column < last ? column : last];
+  }
+}
+
+// Products become what softmax sees: scaled, capped, sloped by distance, biased, −∞ where the row may not
+// look.
 TGI_INLINE void finish_scores(const Block& b, int64_t row, int64_t step_position, float* scores) {
   const AttentionParams& p = b.p;
   const Keys seen = b.scratch.seen[row];
@@ -169,6 +180,7 @@ TGI_INLINE void finish_scores(const Block& b, int64_t row, int64_t step_position
       scores[i] += slope * static_cast<float>(step_position + i - b.position(row));
     }
   }
+  if (p.bias.at != nullptr) add_bias(b, row, step_position, seen, scores);
   for (int i = 0; i < seen.first; ++i) scores[i] = kMinusInfinity;
   for (int i = seen.last; i < kStepTokens; ++i) scores[i] = kMinusInfinity;
 }
@@ -186,6 +198,10 @@ TGI_INLINE void softmax_row(Block& b, Rows& state, int64_t row, int64_t step_pos
     scale_values(state.values + row * b.p.head_dim, shrink, b.p.head_dim);
     state.sum[row] *= shrink;
     state.largest[row] = now;
+  }
+  if (now == kMinusInfinity) {  // a bias hides all keys so far
+    std::memset(scores, 0, sizeof(float) * kStepTokens);
+    return;
   }
   Vec total{};
   for (int i = 0; i < kStepTokens; i += kLanes) {

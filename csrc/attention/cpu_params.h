@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/bias.h"
 #include "common/cpu_isa.h"
 
 namespace tgi {
@@ -30,8 +31,9 @@ struct AttentionParams {
   const int32_t* kv_lens;       // [seqs]
   const float* alibi_slopes;    // [heads] or nullptr
   const float* sinks;           // [heads] or nullptr
-  float* out;                   // [tokens, heads, head_dim]
-  float* partials;              // [rows, 2 + head_dim]: maximum, sum, weighted values of a split
+  AttentionBias bias;
+  float* out;       // [tokens, heads, head_dim]
+  float* partials;  // [rows, 2 + head_dim]: maximum, sum, weighted values of a split
   const AttentionTask* tasks;
   int64_t num_tasks;
   int64_t q_stride, max_pages, heads, kv_heads, head_dim;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention/bias.h"
 #include "attention/tree.h"
 
 namespace tgi {
@@ -48,8 +49,17 @@ struct PrefillParams : PagedAttention {
   bool anchored;  // in the order of tree.h; else a faster one where there is one
 };
 
-cudaError_t attention_decode(const DecodeParams& params, CacheType type, cudaStream_t stream);
-cudaError_t attention_prefill(const PrefillParams& params, CacheType type, cudaStream_t stream);
+struct BiasedDecodeParams : DecodeParams {
+  AttentionBias bias;
+};
+
+struct BiasedPrefillParams : PrefillParams {
+  AttentionBias bias;
+};
+
+// Where a bias has no numbers, the kernels without one run.
+cudaError_t attention_decode(const BiasedDecodeParams& params, CacheType type, cudaStream_t stream);
+cudaError_t attention_prefill(const BiasedPrefillParams& params, CacheType type, cudaStream_t stream);
 
 // The same by Hopper's own instructions, in builds for 90a, for what it takes.
 bool attention_prefill_sm90_takes(const PrefillParams& params, CacheType type);

@@ -13,6 +13,7 @@
 // that costs more than the arithmetic.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/decode_merge.cuh"
 #include "attention/decode_plan.cuh"
 #include "common/copy.cuh"
@@ -280,9 +281,9 @@ __device__ __forceinline__ void load_values(uint32_t (&a)[4], uint32_t values, i
 }
 
 // What a row may not see, and, where there are caps or distance biases, scores in place of products.
-template <typename KV, int kDim, int kColumns>
+template <typename KV, int kDim, int kColumns, typename Params>
 __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColumns>::kKeyTiles][kColumns][4],
-                                           const Queries<KV, kDim, kColumns>& queries, const DecodeParams& p,
+                                           const Queries<KV, kDim, kColumns>& queries, const Params& p,
                                            const Item& item, bool scored) {
   using S = Shape<KV, kDim, kColumns>;
   const int lane = threadIdx.x % 32;
@@ -296,6 +297,12 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
       const int position = item.len - p.queries + row / group;
       const float slope = p.alibi_slopes ? p.alibi_slopes[item.kv_head * group + row % group] * kLog2e : 0.f;
       const float gain = __shfl_sync(~0u, queries.gain(p, n), lane % 4 * 8 + 4 * i);
+      const float* bias = nullptr;
+      if constexpr (has_bias<Params>) {
+        const int biased_row = min(row, p.queries * group - 1);
+        bias = bias_of(p, static_cast<int64_t>(item.seq) * p.queries + biased_row / group,
+                       item.kv_head * group + biased_row % group);
+      }
 #pragma unroll
       for (int m = 0; m < S::kKeyTiles; ++m) {
 #pragma unroll
@@ -303,6 +310,7 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape<KV, kDim, kColu
           const int distance = key + 16 * m + 8 * h - position;
           float& score = scores[m][n][2 * h + i];
           if (scored) score = with_bias(score_of(score, gain, p.cap), slope, distance);
+          if constexpr (has_bias<Params>) score = with_bias_of(p, bias, score, distance + position, distance);
           if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
         }
       }
@@ -388,9 +396,9 @@ __device__ __forceinline__ void zero_empty(const DecodeParams& p, const Plan& pl
 
 // The ring has a tile's keys and values apart, each with a barrier: after it they are there, and the place of
 // the half before may be filled anew. Between the two the scores are made, which the second barrier shares.
-template <typename KV, int kDim, int kColumns>
+template <typename KV, int kDim, int kColumns, typename Params>
 __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident)
-    kernel(const __grid_constant__ DecodeParams p, int halves, int sms) {
+    kernel(const __grid_constant__ Params p, int halves, int sms) {
   using S = Shape<KV, kDim, kColumns>;
   constexpr int kTile = S::kTile;
   extern __shared__ __align__(128) char shared[];
@@ -407,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
   zero_empty(p, plan);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
+  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
   Loader<KV, kDim, kColumns> loader;
   loader.start(p, plan);
   Queries<KV, kDim, kColumns> queries;
@@ -456,7 +464,7 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
       const int base = item.tile * kTile;
       const bool all_seen =
           base + kTile <= item.len - p.queries + 1 && (p.window <= 0 || base >= item.len - p.window);
-      if (!all_seen || scored) score_tile<KV, kDim, kColumns>(products, queries, p, item, scored);
+      if (!all_seen || scored) score_tile<KV, kDim, kColumns, Params>(products, queries, p, item, scored);
       float* mine = scores + lane % 4 * 2 * kTile + lane / 4;
       const int first = warp * (16 * S::kKeyTiles);
       const int swap[2] = {score_swap(lane % 4 * 2), score_swap(lane % 4 * 2 + 1)};
@@ -499,8 +507,8 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim, kColumns>::kResident
 
 // ---- host ----
 
-template <typename KV, int kDim, int kColumns>
-cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
+template <typename KV, int kDim, int kColumns, typename Params>
+cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
   using S = Shape<KV, kDim, kColumns>;
   int device = 0, sms = 0, sm_bytes = 0, most_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
@@ -515,7 +523,7 @@ cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
   // On cards with 99 KB a CTA, a ring of two halves where the usual one has no room.
   const int halves = S::shared_bytes(S::kHalves, p.seqs) <= most_bytes ? S::kHalves : 2;
   const int shared = S::shared_bytes(halves, p.seqs);
-  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kColumns>,
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel<KV, kDim, kColumns, Params>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return error;
   const int room = sm_bytes / (shared + 1024), resident = room < S::kResident ? room : S::kResident;
@@ -523,12 +531,12 @@ cudaError_t launch_shape(const DecodeParams& p, cudaStream_t stream) {
   const int64_t tiles = (static_cast<int64_t>(p.max_pages) * kPageRows + S::kTile - 1) / S::kTile;
   const int64_t most = p.seqs * p.kv_heads * row_blocks * tiles;
   const int64_t grid = most < sms * resident ? most : sms * resident;
-  return launch(kernel<KV, kDim, kColumns>, dim3(static_cast<unsigned>(grid > 0 ? grid : 1)), kThreads,
-                shared, stream, p, halves, sms);
+  return launch(kernel<KV, kDim, kColumns, Params>, dim3(static_cast<unsigned>(grid > 0 ? grid : 1)),
+                kThreads, shared, stream, p, halves, sms);
 }
 
-template <typename KV>
-cudaError_t launch_type(const DecodeParams& p, cudaStream_t stream) {
+template <typename KV, typename Params>
+cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   const int columns = decode_rows(p.queries * p.group, p.head_dim) / 8;
   const auto with_dim = [&]<int kDim>() {
     if (columns == 1) return launch_shape<KV, kDim, 1>(p, stream);

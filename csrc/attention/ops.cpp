@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention/bias_torch.h"
 #include "attention/cpu_params.h"
 #include "common/parallel.h"
 #include "common/torch_cpu.h"
@@ -107,7 +108,8 @@ void run(AttentionParams p, int64_t seqs) {
 void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
                    const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window,
                    double softcap, const std::optional<Tensor>& alibi_slopes,
-                   const std::optional<Tensor>& sinks, const Tensor& out) {
+                   const std::optional<Tensor>& sinks, const Tensor& out, const std::optional<Tensor>& bias,
+                   bool bias_by_distance) {
   check_dims(q, 3, "q");
   check_dims(kv_pages, 5, "kv_pages");
   check_dims(page_table, 2, "page_table");
@@ -124,6 +126,7 @@ void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_t
   check(window >= 0, "window is ", window, "; 0 is none");
   if (alibi_slopes.has_value()) check_shape(*alibi_slopes, {heads}, "alibi_slopes");
   if (sinks.has_value()) check_shape(*sinks, {heads}, "sinks");
+  check(!bias.has_value() || bias->is_cpu(), "bias is not on the CPU");
   const AttentionParams params{
       .q = static_cast<const float*>(q.const_data_ptr()),
       .kv_pages = read<float>(kv_pages, "kv_pages"),
@@ -132,6 +135,7 @@ void attention_cpu(const Tensor& q, const Tensor& kv_pages, const Tensor& page_t
       .kv_lens = read<int32_t>(kv_lens, "kv_lens"),
       .alibi_slopes = read_optional<float>(alibi_slopes, "alibi_slopes"),
       .sinks = read_optional<float>(sinks, "sinks"),
+      .bias = read_bias(bias, bias_by_distance, tokens, heads),
       .out = write<float>(out, "out"),
       .partials = nullptr,
       .tasks = nullptr,
@@ -156,7 +160,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def(
       "attention(Tensor q, Tensor kv_pages, Tensor page_table, Tensor query_starts, Tensor kv_lens, float "
       "scale, "
-      "int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor(a!) out) -> ()");
+      "int window, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor(a!) out, Tensor? bias=None, "
+      "bool bias_by_distance=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CPU, m) { m.impl("attention", TORCH_BOX(&tgi::attention_cpu)); }

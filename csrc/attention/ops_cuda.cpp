@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/ops.h>
 
+#include "attention/bias_torch.h"
 #include "attention/cuda.h"
 #include "common/torch_cuda.h"
 
@@ -45,6 +46,11 @@ void check_tokens(const Tensor& tensor, int64_t heads, int64_t head_dim, const c
         ": the heads of a token are not contiguous");
   check(is_aligned(tensor.const_data_ptr(), tensor.stride(0) * 2), name,
         " needs to start on 16 bytes, with a token stride of whole 16 bytes (8 elements)");
+}
+
+AttentionBias read_cuda_bias(const std::optional<Tensor>& bias, bool by_distance, const Tensor& q) {
+  check(!bias.has_value() || bias->is_cuda(), "bias is not on a CUDA device");
+  return read_bias(bias, by_distance, q.size(0), q.size(1));
 }
 
 PagedAttention params_of(const Tensor& out, const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
@@ -142,10 +148,10 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
                            const Tensor& page_table, const Tensor& kv_lens, int64_t queries, double scale,
                            int64_t window, double softcap, const std::optional<Tensor>& alibi_slopes,
                            const std::optional<Tensor>& sinks, const Tensor& workspace, double k_scale,
-                           double v_scale) {
+                           double v_scale, const std::optional<Tensor>& bias, bool bias_by_distance) {
   const CacheType type = cache_type_of(kv_pages, q);
-  DecodeParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
-                                sinks, k_scale, v_scale)};
+  BiasedDecodeParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap,
+                                      alibi_slopes, sinks, k_scale, v_scale)};
   check(queries > 0 && q.size(0) == params.seqs * queries, "q has ", q.size(0), " tokens; ", params.seqs,
         " sequences of ", queries, " need ", params.seqs * queries);
   const Workspace room =
@@ -162,6 +168,7 @@ void attention_decode_cuda(const Tensor& out, const Tensor& q, const Tensor& kv_
   params.values = reinterpret_cast<float*>(values);
   params.sums = reinterpret_cast<float*>(values - room.sum_bytes);
   params.slots = static_cast<int>(room.slots);
+  params.bias = read_cuda_bias(bias, bias_by_distance, q);
   check_launch(attention_decode(params, type, stream_of(q)), "attention_decode");
 }
 
@@ -183,10 +190,11 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
                             const Tensor& page_table, const Tensor& query_starts, const Tensor& kv_lens,
                             double scale, int64_t window, double softcap,
                             const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
-                            const Tensor& workspace, double k_scale, double v_scale, bool anchored) {
+                            const Tensor& workspace, double k_scale, double v_scale, bool anchored,
+                            const std::optional<Tensor>& bias, bool bias_by_distance) {
   const CacheType type = cache_type_of(kv_pages, q);
-  PrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap, alibi_slopes,
-                                 sinks, k_scale, v_scale)};
+  BiasedPrefillParams params{params_of(out, q, kv_pages, page_table, kv_lens, scale, window, softcap,
+                                       alibi_slopes, sinks, k_scale, v_scale)};
   check_shape(query_starts, {params.seqs + 1}, "query_starts");
   params.query_starts = read_ints(query_starts, "query_starts");
   check_cuda(workspace, ScalarType::Int, "workspace");
@@ -199,8 +207,9 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
   params.totals = reinterpret_cast<float*>(params.counters + kPrefillCounters);
   params.tokens = q.size(0);
   params.anchored = anchored;
+  params.bias = read_cuda_bias(bias, bias_by_distance, q);
 #if defined(TGI_HAVE_SM90)
-  if (is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
+  if (params.bias.at == nullptr && is_hopper(q) && attention_prefill_sm90_takes(params, type)) {
     check_launch(attention_prefill_sm90(params, type, stream_of(q)), "attention_prefill");
     return;
   }
@@ -212,13 +221,14 @@ void attention_prefill_cuda(const Tensor& out, const Tensor& q, const Tensor& kv
 void attention_cuda(const Tensor& q, const Tensor& kv_pages, const Tensor& page_table,
                     const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window,
                     double softcap, const std::optional<Tensor>& alibi_slopes,
-                    const std::optional<Tensor>& sinks, const Tensor& out) {
+                    const std::optional<Tensor>& sinks, const Tensor& out, const std::optional<Tensor>& bias,
+                    bool bias_by_distance) {
   check_dims(q, 3, "q");
   check_dims(page_table, 2, "page_table");
   const Tensor workspace = torch::stable::new_zeros(
       q, {attention_prefill_workspace(q.size(2), page_table.size(1))}, ScalarType::Int);
   attention_prefill_cuda(out, q, kv_pages, page_table, query_starts, kv_lens, scale, window, softcap,
-                         alibi_slopes, sinks, workspace, 1.0, 1.0, true);
+                         alibi_slopes, sinks, workspace, 1.0, 1.0, true, bias, bias_by_distance);
 }
 
 }  // namespace

@@ -6,10 +6,11 @@
 // keys are read once a group and short queries waste fewer masked tiles. Rows do not see each other: how a
 // prompt is cut into chunks or which other sequences run beside it changes no bit.
 //
-// A warp has 16 rows, and in registers their scores of a tile, the sums of a node and those of a chunk. A
-// tile's values are summed 32 head dims at a time.
+// A warp has 16 rows, and in registers their scores of a tile and the sums of a node. A tile's values are
+// summed 32 head dims at a time.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/prefill_common.cuh"
 #include "common/copy.cuh"
 
@@ -34,13 +35,12 @@ struct Shape : Tree<kDim> {
   static constexpr int kTilePages = kTile / kPageRows;
   static constexpr int kRowBytes = kDim * sizeof(KV);   // of a key
   static constexpr int kHalfBytes = kTile * kRowBytes;  // the keys or the values of a tile
-  static constexpr int kValueAt = kHalfBytes;
-  static constexpr int kQueryAt = 2 * kHalfBytes;
-  static constexpr int kPowerAt = kQueryAt + kRows * kDim * 2;  // e4m3: what each row of Q was divided by
+  static constexpr int kPowerAt = kRows * kDim * 2;  // behind Q; e4m3: what each of its rows was divided by
   static constexpr int kBlockAt = kPowerAt + kRows * 4;
-  static constexpr int kSharedBytes = kBlockAt + static_cast<int>(sizeof(Next));
+  static constexpr int kKeyAt = (kBlockAt + static_cast<int>(sizeof(Next)) + 127) / 128 * 128;
+  static constexpr int kValueAt = kKeyAt + kHalfBytes;
+  static constexpr int kSharedBytes = kValueAt + kHalfBytes;
   static constexpr int kResident = kDim == 256 ? 1 : 2;
-  static constexpr int kAtOnce = 4;  // tiles of 8 head dims
 };
 
 // ---- load ----
@@ -87,15 +87,24 @@ struct Loader {
     const uint32_t half_page = p.kv_heads * kPageRows * row_bytes;
     const char* base = static_cast<const char*>(p.kv_pages) + (values ? half_page : 0) +
                        (kv_head * kPageRows + row % kPageRows) * row_bytes + chunk * 16;
+    const auto to_row = [&](int i) { return to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk); };
+    uint32_t number = 0;
+    const auto from_row = [&](int i) {
+      if (kStepRows > kPageRows || i * kStepRows % kPageRows == 0)
+        number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
+      return base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
+    };
+    if (kDim == p.head_dim && tile * S::kTile >= first && (tile + 1) * S::kTile <= len) {
+#pragma unroll
+      for (int i = 0; i < S::kTile / kStepRows; ++i) copy_async(to_row(i), from_row(i));
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < S::kTile / kStepRows; ++i) {
-      const uint32_t number = __shfl_sync(~0u, page, (row + i * kStepRows) / kPageRows);
       const int key = tile * S::kTile + row + i * kStepRows;
-      const char* from =
-          base + static_cast<uint64_t>(number) * (2 * half_page) + i * kStepRows % kPageRows * row_bytes;
       const bool valid = chunk * 16 < row_bytes && key >= first && key < len;
-      copy_async(to + swizzled<S::kRowBytes>(row + i * kStepRows, chunk),
-                 valid ? from : static_cast<const char*>(p.kv_pages), valid);
+      const char* from = from_row(i);
+      copy_async(to_row(i), valid ? from : static_cast<const char*>(p.kv_pages), valid);
     }
   }
 };
@@ -185,10 +194,9 @@ __device__ __forceinline__ void multiply_keys(float (&s)[Tree<kDim>::kTile / 8][
 }
 
 // Hides what a row may not see and, where there are caps or distance biases, makes scores of products.
-template <int kTile>
-__device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const PrefillParams& p,
-                                           const Block& block, int base, const float (&gain)[2],
-                                           bool scored) {
+template <int kTile, typename Params>
+__device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Params& p, const Block& block,
+                                           int base, const float (&gain)[2], bool scored) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -196,6 +204,12 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Prefi
     const int first = base + lane % 4 * 2 - block.first_position - row / p.group;
     const float slope =
         p.alibi_slopes ? p.alibi_slopes[block.kv_head * p.group + row % p.group] * kLog2e : 0.f;
+    const float* bias = nullptr;
+    if constexpr (has_bias<Params>) {
+      const int biased_row = min(row, block.rows - 1);
+      bias = bias_of(p, static_cast<int64_t>(block.first_token) + biased_row / p.group,
+                     block.kv_head * p.group + biased_row % p.group);
+    }
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
@@ -203,6 +217,7 @@ __device__ __forceinline__ void score_tile(float (&s)[kTile / 8][4], const Prefi
         const int distance = first + n * 8 + j;
         float& score = s[n][2 * i + j];
         if (scored) score = with_bias(score_of(score, gain[i], p.cap), slope, distance);
+        score = with_bias_of(p, bias, score, base + lane % 4 * 2 + n * 8 + j, distance);
         if (distance > 0 || (p.window > 0 && distance <= -p.window)) score = negative_infinity();
       }
     }
@@ -242,7 +257,7 @@ __device__ __forceinline__ void add_tile(float (&node)[kDim / 8][4],
                                          const uint32_t (&weights)[Tree<kDim>::kTile / 16][4],
                                          const Factors& by, uint32_t values) {
   using T = Operand<KV>;
-  constexpr int kRowBytes = kDim * sizeof(KV), kAtOnce = Shape<KV, kDim>::kAtOnce;
+  constexpr int kRowBytes = kDim * sizeof(KV), kAtOnce = 4;  // tiles of 8 head dims
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int first = 0; first < kDim / 8; first += kAtOnce) {
@@ -316,76 +331,94 @@ __device__ __forceinline__ void store(const float (&out)[kDim / 8][4], const Row
 
 // ---- kernel ----
 
-// What lies above a node: chunks in registers, but for heads of 256, whose nodes are chunks; what is beyond
-// them in global memory.
+// What lies above a node. Chunks, where they are not nodes as for heads of 256, are in local memory: seldom
+// used, they would take a quarter of the registers. What is beyond them is in global memory.
 template <int kDim>
 struct Sums {
-  float chunk[kDim == 256 ? 1 : kDim / 8][4];
-  Rows rows;
+  static constexpr bool kHasChunk = kDim < 256;
+  float4 chunk[kHasChunk ? kDim / 8 + 1 : 1];  // the last: of rows
   bool total_used;
 
   __device__ __forceinline__ void start() {
-    clear(chunk);
-    rows.clear();
     total_used = false;
+    if constexpr (kHasChunk) {
+      const float nothing[kDim / 8][4] = {};
+      Rows rows;
+      rows.clear();
+      put_chunk(nothing, rows);
+    }
   }
 
-  // The node that ends before `tile` goes up.
-  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p,
+  // The node that ends before `tile` goes up; a new one begins.
+  __device__ __forceinline__ void add(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p,
                                       int tile) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) merge_values(chunk[i], node[i], by);
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (tile % Tree<kDim>::kChunkTiles == 0) {
+      const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
+      if (total_used) take(node, rows, total);
+      total_used = true;
+      put(node, rows, total);
       clear(node);
-      of_node.clear();
+      rows.clear();
     }
-    if (tile % Tree<kDim>::kChunkTiles != 0) return;
-    const Place total = place_of_total<kDim>(p, kWarps, threadIdx.x / 32);
-    if constexpr (kDim < 256) {
-      to_total(chunk, rows, total);
-    } else {
-      to_total(node, of_node, total);
+    if constexpr (kHasChunk) {
+      put_chunk(node, rows);
+      clear(node);
+      rows.clear();
     }
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void to_total(float (&acc)[kCount][4], Rows& of_acc, Place total) {
-    if (total_used) take(acc, of_acc, total);
-    total_used = true;
-    put(acc, of_acc, total);
-    clear(acc);
-    of_acc.clear();
   }
 
   // node ← total + chunk + node
-  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& of_node, const PrefillParams& p) {
-    if constexpr (kDim < 256) {
-      const Factors by = merge_sums(rows, of_node.maximum, of_node.sum);
+  __device__ __forceinline__ void finish(float (&node)[kDim / 8][4], Rows& rows, const PrefillParams& p) {
+    if constexpr (kHasChunk) take_chunk(node, rows);
+    if (total_used) take(node, rows, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
+  }
+
+ private:
+  // An index that the compiler does not know, and so cannot put the array into registers.
+  static __device__ __forceinline__ int opaque_zero() {
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    return zero;
+  }
+
+  __device__ __forceinline__ void put_chunk(const float (&acc)[kDim / 8][4], const Rows& rows) {
+    float4* to = chunk + opaque_zero();
 #pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        merge_values(chunk[i], node[i], by);
+    for (int i = 0; i < kDim / 8; ++i) to[i] = make_float4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    to[kDim / 8] = make_float4(rows.maximum[0], rows.maximum[1], rows.sum[0], rows.sum[1]);
+  }
+
+  // acc ← chunk + acc
+  __device__ __forceinline__ void take_chunk(float (&acc)[kDim / 8][4], Rows& rows) const {
+    const float4* from = chunk + opaque_zero();
+    const float4 known = from[kDim / 8];
+    Rows both{{known.x, known.y}, {known.z, known.w}};
+    const Factors by = merge_sums(both, rows.maximum, rows.sum);
+    rows = both;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) node[i][j] = chunk[i][j];
-      }
-      of_node = rows;
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float4 there = from[i];
+      float left[4] = {there.x, there.y, there.z, there.w};
+      merge_values(left, acc[i], by);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i][j] = left[j];
     }
-    if (total_used) take(node, of_node, place_of_total<kDim>(p, kWarps, threadIdx.x / 32));
   }
 };
 
 // Keys and values have one place each: the next tile's keys arrive while this one's values are summed, and
 // its values while the next scores are made.
-template <typename KV, int kDim>
-__device__ __forceinline__ void attend_block(const PrefillParams& p, const Block& block, char* shared) {
+template <typename KV, int kDim, typename Params>
+__device__ __forceinline__ void attend_block(const Params& p, const Block& block, char* shared) {
   using S = Shape<KV, kDim>;
   constexpr int kTile = S::kTile;
-  const uint32_t keys = shared_address(shared), values = keys + S::kValueAt, queries = keys + S::kQueryAt;
+  const uint32_t queries = shared_address(shared), keys = queries + S::kKeyAt, values = queries + S::kValueAt;
   const int last_row = min(block.first_row + kRows, block.rows) - 1;
   const int first_query = block.first_position + block.first_row / p.group;
   const int first_key = p.window > 0 ? max(0, first_query - p.window + 1) : 0;
   const int seen = max(0, block.first_position + last_row / p.group + 1);  // keys that the last row sees
-  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr;
+  const bool scored = p.cap != 0.f || p.alibi_slopes != nullptr || has_bias<Params>;
 
   Loader<KV, kDim> loader;
   loader.start(p, block, first_key, seen);
@@ -397,8 +430,7 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     wait_copies<1>();
     __syncthreads();
     float* powers = reinterpret_cast<float*>(shared + S::kPowerAt);
-    if (threadIdx.x < kRows)
-      powers[threadIdx.x] = query_to_f16<kDim>(shared + S::kQueryAt, threadIdx.x, p.q_is_bf16);
+    if (threadIdx.x < kRows) powers[threadIdx.x] = query_to_f16<kDim>(shared, threadIdx.x, p.q_is_bf16);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) score_gain[i] *= powers[threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i];
@@ -423,7 +455,7 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
     // leaves no trace.
     const int base = tile * kTile;
     const bool all_seen = base + kTile <= first_query + 1 && (p.window <= 0 || base >= seen - p.window);
-    if (scored || !all_seen) score_tile<kTile>(s, p, block, base, score_gain, scored);
+    if (scored || !all_seen) score_tile<kTile, Params>(s, p, block, base, score_gain, scored);
     const float gain[2] = {scored ? 1.f : score_gain[0], scored ? 1.f : score_gain[1]};
     uint32_t weights[kTile / 16][4];
     const Factors by = weigh<Operand<KV>, kTile>(weights, s, rows, gain);
@@ -435,12 +467,12 @@ __device__ __forceinline__ void attend_block(const PrefillParams& p, const Block
   }
   wait_copies<0>();
   sums.finish(node, rows, p);
-  store<KV, kDim>(node, rows, p, block, shared + S::kQueryAt);
+  store<KV, kDim>(node, rows, p, block, shared);
 }
 
-template <typename KV, int kDim>
+template <typename KV, int kDim, typename Params>
 __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
-    kernel(const __grid_constant__ PrefillParams p) {
+    kernel(const __grid_constant__ Params p) {
   using S = Shape<KV, kDim>;
   extern __shared__ __align__(128) char shared[];
   Next& next = *reinterpret_cast<Next*>(shared + S::kBlockAt);
@@ -466,17 +498,17 @@ __global__ void __launch_bounds__(kThreads, Shape<KV, kDim>::kResident)
     }
     __syncthreads();
     if (!next.found) return;
-    attend_block<KV, kDim>(p, next.block, shared);
+    attend_block<KV, kDim, Params>(p, next.block, shared);
   }
 }
 
 // ---- host ----
 
-template <typename KV, int kDim>
-cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
+template <typename KV, int kDim, typename Params>
+cudaError_t launch_shape(const Params& p, cudaStream_t stream) {
   using S = Shape<KV, kDim>;
   if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel<KV, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
+          kernel<KV, kDim, Params>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
     return error;
   int device = 0, sms = 0, sm_bytes = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
@@ -489,11 +521,12 @@ cudaError_t launch_shape(const PrefillParams& p, cudaStream_t stream) {
   // Every sequence may end in a block that is not full.
   const int64_t blocks = (p.tokens * p.group / kRows + p.seqs) * p.kv_heads, most = sms * resident;
   const int64_t grid = blocks < most ? blocks : most;
-  return launch(kernel<KV, kDim>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes, stream, p);
+  return launch(kernel<KV, kDim, Params>, dim3(static_cast<unsigned>(grid)), kThreads, S::kSharedBytes,
+                stream, p);
 }
 
-template <typename KV>
-cudaError_t launch_type(const PrefillParams& p, cudaStream_t stream) {
+template <typename KV, typename Params>
+cudaError_t launch_type(const Params& p, cudaStream_t stream) {
   if (p.head_dim <= 64) return launch_shape<KV, 64>(p, stream);
   if (p.head_dim <= 128) return launch_shape<KV, 128>(p, stream);
   return launch_shape<KV, 256>(p, stream);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/stress.cuh"
+
 namespace tgi {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -12,11 +14,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // 16 bytes past L1.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  pause_at_random();
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 // The same; writes zeros, and reads nothing, where `valid` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+  pause_at_random();
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
@@ -28,6 +32,7 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  pause_at_random();
 }
 
 // Byte offset of a 16-byte chunk in a tile of rows of kRowBytes. Eight rows' chunks of one column lie in

@@ -23,11 +23,13 @@ __device__ __forceinline__ void barrier_init_done() {
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  pause_at_random();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives, and makes the phase wait for that many bytes more.
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  pause_at_random();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
@@ -42,6 +44,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+  pause_at_random();
 }
 
 // ---- clusters: CTAs that run together and reach each other's shared memory ----
@@ -54,16 +57,21 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 // All threads of all CTAs of the cluster.
 __device__ __forceinline__ void sync_cluster() {
+  pause_at_random();
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  pause_at_random();
 }
 
 // The same where threads owe each other nothing but to have begun, and their initialised barriers.
 __device__ __forceinline__ void meet_cluster() {
+  pause_at_random();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  pause_at_random();
 }
 
 // Arrives at the barrier that another CTA of the cluster, or this one, has at the same address.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  pause_at_random();
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
@@ -76,6 +84,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
 
 // Leaves four numbers at an address of the cluster's first CTA, and tells a barrier of that of 16 bytes.
 __device__ __forceinline__ void send_first_rank(uint32_t address, const float (&value)[4], uint32_t barrier) {
+  pause_at_random();
   asm volatile(
       "{\n"
       ".reg .b32 there, told;\n"
@@ -92,6 +101,7 @@ __device__ __forceinline__ void send_first_rank(uint32_t address, const float (&
 // Copies bytes that lie together; both ends and the count are multiples of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier,
                                            uint64_t policy) {
+  pause_at_random();
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
       "[%3], "
@@ -102,6 +112,7 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 
 // The same, for what others read too.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  pause_at_random();
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
@@ -124,6 +135,7 @@ __device__ __forceinline__ uint64_t evict_first() {
 // Copies the box at (column, row, chunk) of a map; what lies outside the tensor arrives as zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, int chunk,
                                          uint32_t barrier) {
+  pause_at_random();
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
       "[%5];" ::"r"(to),
@@ -133,6 +145,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row, int chunk,
                                          uint32_t barrier, uint64_t policy) {
+  pause_at_random();
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
@@ -143,6 +156,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 // The same into every CTA of the cluster whose bit is set, each at this address and telling its own barrier.
 __device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const CUtensorMap* map, int column,
                                             int row, int chunk, uint32_t barrier) {
+  pause_at_random();
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
@@ -154,27 +168,32 @@ __device__ __forceinline__ void copy_box_to(uint16_t ranks, uint32_t to, const C
 
 // What this thread wrote to shared memory is there for the copy engine.
 __device__ __forceinline__ void show_copy_engine() {
+  pause_at_random();
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Whole 16 bytes, at 16-byte addresses.
 __device__ __forceinline__ void copy_out(void* to, uint32_t from, int bytes) {
+  pause_at_random();
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                : "memory");
 }
 
 __device__ __forceinline__ void commit_copies_out() {
+  pause_at_random();
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 // Until this thread's copies out have read shared memory, so that it may be written again.
 __device__ __forceinline__ void wait_copies_out_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  pause_at_random();
 }
 
 // Until this thread's copies out are done.
 __device__ __forceinline__ void wait_copies_out() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  pause_at_random();
 }
 
 }  // namespace tgi

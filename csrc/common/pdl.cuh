@@ -8,11 +8,15 @@
 
 #include <cuda_runtime.h>
 
+#include "common/stress.cuh"
+
 namespace tgi {
 
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  pause_at_random();
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  pause_at_random();
 #endif
 }
 
@@ -20,6 +24,7 @@ __device__ __forceinline__ void wait_for_previous() {
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  pause_at_random();
 #endif
 }
 

@@ -33,4 +33,16 @@ inline bool encode_swizzled_map(CUtensorMap* map, bool f16, const void* data, co
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// A map of three dimensions of 32-bit numbers whose boxes arrive as they lie. Strides and inner sizes of
+// boxes are whole 16 bytes.
+inline bool encode_float_map(CUtensorMap* map, const void* data, const cuuint64_t (&sizes)[3],
+                             const cuuint64_t (&strides)[2], const cuuint32_t (&box)[3]) {
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const auto encode = tensor_map_encoder();
+  return encode != nullptr &&
+         encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 3, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace tgi

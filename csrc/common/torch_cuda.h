@@ -61,6 +61,15 @@ inline void check_rows(const Tensor& tensor, const Tensor& like, const char* nam
   check(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": its rows are not contiguous");
 }
 
+// An order of the columns of `like`: int32, beside it. What is in it, only the kernel sees.
+inline void check_order(const Tensor& order, const Tensor& like, int64_t columns) {
+  check_cuda(order, ScalarType::Int, "order");
+  check(order.get_device_index() == like.get_device_index(), "order is on CUDA device ",
+        order.get_device_index(), "; the op runs on ", like.get_device_index());
+  check_shape(order, {columns}, "order");
+  check(order.is_contiguous(), "order is not contiguous");
+}
+
 inline bool is_aligned(const void* pointer, int64_t stride_bytes = 0) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride_bytes % 16 == 0;
 }

@@ -27,6 +27,18 @@ struct QuantiseParams {
 
 cudaError_t quantise_e4m3(const QuantiseParams& params, DType dtype, cudaStream_t stream);
 
+// Rows of at most this many columns are normed and rounded by one kernel.
+constexpr int kMaxNormColumns = 32768;
+
+// The same of x · rsqrt(mean(x²) + eps) · weight, rounded to x's type first. Every row starts on 16 bytes.
+struct NormQuantiseParams {
+  QuantiseParams rounding;  // of its x
+  const void* weight;       // [columns]
+  float eps;
+};
+
+cudaError_t norm_quantise_e4m3(const NormQuantiseParams& params, DType dtype, cudaStream_t stream);
+
 // y = (x · weightᵀ with its scales) + bias, then either residual + y or act(gate) · up over the halves of y,
 // each step rounded to the dtype of out. Strides are in elements, inner dimensions are contiguous.
 struct Fp8Params {
@@ -44,6 +56,7 @@ struct Fp8Params {
   bool in_blocks;
   bool is_gated;
   Activation activation;  // of the gate
+  int tile;               // of those that fp8/gemm.cuh lists, or less than 0: the best one for the shape
 };
 
 // Needs x and weight at 16 bytes, with strides and in_features of whole 16 bytes; in blocks also whole blocks

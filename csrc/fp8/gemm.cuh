@@ -27,6 +27,7 @@ constexpr int kChunk = kFp8Block;  // elements of K, and bytes, in a swizzled ro
 constexpr int kMaxStages = 16;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps what follows on the swizzle's 1024 bytes
 constexpr int kWarpRows = 16;       // tokens of a tile that one warp sums
+constexpr int kScaleGroup = 4;      // chunks whose scales travel together: 16 bytes of a row
 
 // How one launch cuts its work.
 struct Schedule {
@@ -38,14 +39,18 @@ struct Schedule {
 };
 
 // A tile of kWarpgroups · 64 tokens. kChunks: of a stage. kXRows: tokens that have room in the ring; of fewer
-// than 64 the products read what follows as well, for rows that nobody asks for.
-template <int kWarpgroups_, int kColumns_, int kChunks_, int kXRows_ = 64 * kWarpgroups_>
+// than 64 the products read what follows as well, for rows that nobody asks for. kBlocks: there is a scale
+// for each block of 128 columns, which come with the stages.
+template <bool kBlocks_, int kWarpgroups_, int kColumns_, int kChunks_, int kXRows_ = 64 * kWarpgroups_>
 struct Tile {
+  static constexpr bool kBlocks = kBlocks_;
   static constexpr int kWarpgroups = kWarpgroups_, kColumns = kColumns_, kChunks = kChunks_;
   static constexpr int kTokens = 64 * kWarpgroups, kXRows = kXRows_;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kXChunk = kXRows * kChunk, kWeightChunk = kColumns * kChunk;  // bytes
-  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk);
+  // Scales of a group of chunks: of the tokens, and at its end of the weights, of gate and up.
+  static constexpr int kScaleBytes = kBlocks ? kXRows * 16 + 128 : 0;
+  static constexpr int kStageBytes = kChunks * (kXChunk + kWeightChunk) + kScaleBytes;
   // Scale and bias of each column, for each warpgroup, of a tile and the next.
   static constexpr int kColumnBytes = 2 * kWarpgroups * kColumns * static_cast<int>(sizeof(float2));
   // Results leave through shared memory; 16 bytes between rows keep both sides free of bank conflicts.
@@ -63,9 +68,12 @@ struct Place {
   int token, feature, first_token, first_feature;
 };
 
-// The ring in shared memory: barriers of each slot, then slots of x, then of weights.
+// The ring in shared memory: barriers of each slot, then slots of x, of weights, and of groups of scales.
+// There are as many of the last as stages: a group's successor in its slot is brought when all its stages are
+// free.
 struct Ring {
   uint32_t full, empty, x, weights;  // addresses of slot 0
+  const uint8_t* scales;
 };
 
 // A place in the ring, moving with the stages.
@@ -181,9 +189,10 @@ struct Epilogue {
       if (!is_own(at, token, at.feature + column)) continue;
       const auto gate = staged_at(staged, i / kRowVecs, column);
       const auto up = staged_at(staged, i / kRowVecs, kColumns / 2 + column);
-      float y[8];
+      float gates[8], ups[8], y[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] = gated<T>(p.activation, element(gate, e), element(up, e));
+      for (int e = 0; e < 8; ++e) gates[e] = element(gate, e), ups[e] = element(up, e);
+      gated_all<T>(p.activation, gates, ups, y);
       store_row(out(token), at.feature + column, features, aligned, y);
     }
   }
@@ -197,8 +206,9 @@ struct Epilogue {
   __device__ __forceinline__ T* out(int token) const { return static_cast<T*>(p.out) + token * p.out_stride; }
 };
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 struct Roles {
+  static constexpr bool kBlocks = S::kBlocks;
   const Fp8Params& p;
   const Schedule& s;
   const Ring& ring;
@@ -220,8 +230,12 @@ struct Roles {
   }
 
   // The thread is alone: every instruction of a stage costs it several clocks.
-  template <typename Copy>
-  __device__ __forceinline__ void bring(int bytes, Copy&& copy) const {
+  template <typename Copy, typename CopyScales>
+  __device__ __forceinline__ void bring(int bytes, int scale_bytes, Copy&& copy,
+                                        CopyScales&& copy_scales) const {
+    constexpr int kGroupColumns = kScaleGroup * kChunk / 2;
+    uint32_t group = shared_address(ring.scales);
+    int groups = 0;
     Cursor<S::kStages> at;
     at.parity = 1;  // the ring is empty at first
 #pragma unroll 1
@@ -232,7 +246,12 @@ struct Roles {
       for (int step = steps(); step > 0; --step, at.advance()) {
         const uint32_t barrier = ring.full + 8 * at.slot;
         barrier_wait(ring.empty + 8 * at.slot, at.parity);
-        barrier_arrive_expecting(barrier, S::kChunks * bytes);
+        const bool begins = kBlocks && column % kGroupColumns == 0;
+        barrier_arrive_expecting(barrier, S::kChunks * bytes + (begins ? scale_bytes : 0));
+        if (begins) {
+          copy_scales(here, group + groups * S::kScaleBytes, column / (kChunk / 2), barrier);
+          groups = groups + 1 == S::kStages ? 0 : groups + 1;
+        }
 #pragma unroll
         for (int chunk = 0; chunk < S::kChunks; ++chunk, column += kChunk / 2) {
           copy(here, at.slot * S::kChunks + chunk, column, barrier);
@@ -244,19 +263,34 @@ struct Roles {
   // Weights are older than this step: the first ring of them travels while the previous kernel ends. A gate's
   // tile is kColumns / 2 gate rows, then the up rows that they gate. Maps are of pairs of elements.
   __device__ __forceinline__ void bring_weights(const CUtensorMap* map) const {
-    bring(S::kWeightChunk, [&](const Place& here, int chunk, int column, uint32_t barrier) {
+    const auto copy = [&](const Place& here, int chunk, int column, uint32_t barrier) {
       const uint32_t to = ring.weights + chunk * S::kWeightChunk;
       copy_box(to, map, column, here.feature, 0, barrier);
       if (p.is_gated) copy_box(to + S::kWeightChunk / 2, map, column, here.feature + features, 0, barrier);
-    });
+    };
+    const auto copy_scales = [&](const Place& here, uint32_t group, int chunk, uint32_t barrier) {
+      const uint32_t to = group + S::kXRows * 16;
+      copy_bytes(to, weight_scales(here.feature) + chunk, 16, barrier);
+      if (p.is_gated) copy_bytes(to + 16, weight_scales(here.feature + features) + chunk, 16, barrier);
+    };
+    bring(S::kWeightChunk, p.is_gated ? 32 : 16, copy, copy_scales);
     wait_for_previous();
   }
 
-  __device__ __forceinline__ void bring_x(const CUtensorMap* map) const {
+  __device__ __forceinline__ void bring_x(const CUtensorMap* map, const CUtensorMap* scale_map) const {
     wait_for_previous();
-    bring(s.x_rows * kChunk, [&](const Place& here, int chunk, int column, uint32_t barrier) {
+    const auto copy = [&](const Place& here, int chunk, int column, uint32_t barrier) {
       copy_box(ring.x + chunk * S::kXChunk, map, column, here.token, 0, barrier);
-    });
+    };
+    const auto copy_scales = [&](const Place& here, uint32_t group, int chunk, uint32_t barrier) {
+      copy_box(group, scale_map, chunk, here.token, 0, barrier);
+    };
+    bring(s.x_rows * kChunk, s.x_rows * 16, copy, copy_scales);
+  }
+
+  // Of blocks of 128 rows, the scales of the one that holds a feature.
+  __device__ __forceinline__ const float* weight_scales(int feature) const {
+    return p.weight_scales + static_cast<int64_t>(feature / kFp8Block) * p.scale_stride;
   }
 
   __device__ __forceinline__ Epilogue<T, S::kColumns> epilogue() const {
@@ -278,61 +312,43 @@ struct Roles {
     }
   }
 
-  // The scales of four chunks for a thread's two tokens and for the halves of its columns, of the gate and
-  // what it gates if there is one.
-  struct Scales {
-    float4 x[2], weight[2];
-  };
-
   // What a thread's sums of one chunk are multiplied with, by half of the columns and token.
   struct Scale {
     float of[2][2];
   };
 
-  // Where a thread's scales lie: rows of whole vectors, zeros past the last chunk.
-  struct ScaleRows {
-    const float *x[2], *weight[2];
+  // A thread's place among groups of scales in shared memory.
+  struct ScaleSlots {
+    const uint8_t *x[2], *weight[2];  // in slot 0
+    int slot, in_group;
 
-    __device__ __forceinline__ Scales at(int chunk, int chunks) const {
-      const int four = min(chunk, chunks - 1) / 4;
-      Scales scales;
+    // The scale of the next chunk, which has arrived.
+    __device__ __forceinline__ Scale take() {
+      const auto at = [&](const uint8_t* row) {
+        return *reinterpret_cast<const float*>(row + slot * S::kScaleBytes + in_group * 4);
+      };
+      Scale scale;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scales.x[i] = reinterpret_cast<const float4*>(x[i])[four];
-        scales.weight[i] = __ldg(reinterpret_cast<const float4*>(weight[i]) + four);
-      }
-      return scales;
+      for (int i = 0; i < 4; ++i) scale.of[i / 2][i % 2] = at(weight[i / 2]) * at(x[i % 2]);
+      if (++in_group == kScaleGroup) end_group();
+      return scale;
+    }
+
+    __device__ __forceinline__ void end_group() {
+      in_group = 0;
+      slot = slot + 1 == S::kStages ? 0 : slot + 1;
     }
   };
 
-  __device__ __forceinline__ ScaleRows scale_rows(Place here, int lane) const {
-    ScaleRows rows{};
-    if constexpr (kBlocks) {
-      // Alike in all lanes, which the compiler must not see: it would wait for loads at once to keep them in
-      // uniform registers.
-      here.feature = __shfl_sync(~0u, here.feature, lane);
+  __device__ __forceinline__ ScaleSlots scale_slots(int warp, int lane) const {
+    ScaleSlots slots{};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t token = min(here.token + lane / 4 + 8 * i, p.tokens - 1);
-        const int feature = here.feature + (p.is_gated && i == 1 ? features : 0);
-        rows.x[i] = p.x_scales + token * p.scale_stride;
-        rows.weight[i] = p.weight_scales + static_cast<int64_t>(feature / kFp8Block) * p.scale_stride;
-      }
+    for (int i = 0; i < 2; ++i) {
+      // Of fewer tokens than a tile has, the last one's serve the rest.
+      slots.x[i] = ring.scales + min(warp * kWarpRows + lane / 4 + 8 * i, S::kXRows - 1) * 16;
+      slots.weight[i] = ring.scales + S::kXRows * 16 + (p.is_gated ? 16 * i : 0);
     }
-    return rows;
-  }
-
-  // The first of four chunks, which leaves.
-  __device__ __forceinline__ Scale take(Scales& scales) const {
-    Scale scale{};
-    if constexpr (kBlocks) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scale.of[i / 2][i % 2] = scales.weight[i / 2].x * scales.x[i % 2].x;
-      const auto shift = [](float4& v) { v = {v.y, v.z, v.w, v.w}; };
-#pragma unroll
-      for (int i = 0; i < 2; ++i) shift(scales.x[i]), shift(scales.weight[i]);
-    }
-    return scale;
+    return slots;
   }
 
   // A warpgroup's place among chunks: the slot and the chunk in it.
@@ -375,22 +391,17 @@ struct Roles {
     }
   }
 
-  // A warpgroup by itself adds a chunk while it sums the next one, as far as registers go; two take turns.
-  static constexpr bool kTwoSums = S::kWarpgroups == 1 && (!kBlocks || S::kColumns < 128);
+  // A warpgroup by itself adds a chunk while it sums the next one; two take turns.
+  static constexpr bool kTwoSums = S::kWarpgroups == 1;
 
   // The totals of a tile.
-  __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at, Place here,
-                                      int warpgroup) const {
-    const ScaleRows rows = scale_rows(here, threadIdx.x % 32);
-    Scales four{}, next_four{};
-    if constexpr (kBlocks) four = rows.at(0, s.chunks), next_four = rows.at(4, s.chunks);
+  __device__ __forceinline__ void sum(float (&total)[S::kColumns / 2], Cursor<S::kStages>& at,
+                                      ScaleSlots& slots, int warpgroup) const {
     Chunk next{at, 0, {}}, now;
-    int brought = 0;
     const auto go_on = [&](float (&free)[S::kColumns / 2]) {
       now = next;
-      now.scale = take(four);
       start(free, now, warpgroup);
-      if (++brought % 4 == 0 && kBlocks) four = next_four, next_four = rows.at(brought + 4, s.chunks);
+      if constexpr (kBlocks) now.scale = slots.take();
       if (S::kChunks == 1 || ++next.in_slot == S::kChunks) next.in_slot = 0, next.at.advance();
     };
     int left = steps() * S::kChunks;
@@ -428,6 +439,7 @@ struct Roles {
       }
     }
     at = next.at;
+    if (kBlocks && slots.in_group > 0) slots.end_group();
   }
 
   __device__ __forceinline__ void multiply(uint8_t* staged, float2* columns) const {
@@ -439,6 +451,7 @@ struct Roles {
     const auto end = epilogue();
     wait_for_previous();
     Cursor<S::kStages> at;
+    ScaleSlots slots = scale_slots(warp, lane);
     int turn = 0;
 #pragma unroll 1
     for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x, turn ^= 1) {
@@ -452,7 +465,7 @@ struct Roles {
         for (int i = 0; i < 2; ++i) x_scale[i] = p.x_scales[min(here.token + lane / 4 + 8 * i, p.tokens - 1)];
       }
       float total[S::kColumns / 2] = {};
-      sum(total, at, here, warpgroup);
+      sum(total, at, slots, warpgroup);
 
       // No warp is two tiles ahead of another of its warpgroup, so two turns are enough.
       float2* const own_columns = columns + turn * S::kWarpgroups * S::kColumns;
@@ -474,19 +487,22 @@ struct Roles {
   }
 };
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap weight_map,
-                const __grid_constant__ Fp8Params p, const __grid_constant__ Schedule s) {
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap scale_map,
+                const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ Fp8Params p,
+                const __grid_constant__ Schedule s) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared), slots = base + kHeaderBytes;
   constexpr int kSlots = S::kStages * S::kChunks;
-  const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk};
-  const Roles<T, S, kBlocks> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
+  const Ring ring{base, base + 8 * kMaxStages, slots, slots + kSlots * S::kXChunk,
+                  shared + kHeaderBytes + kSlots * (S::kXChunk + S::kWeightChunk)};
+  const Roles<T, S> roles{p, s, ring, p.is_gated ? p.out_features / 2 : p.out_features};
 
   let_next_start();
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
+    if constexpr (S::kBlocks) prefetch_map(&scale_map);
     prefetch_map(&weight_map);
     for (int slot = 0; slot < S::kStages; ++slot) {
       barrier_init(ring.full + 8 * slot, 2);  // the threads that bring x and weights
@@ -502,7 +518,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     if (warp == 0 && lane == 0) {
       roles.bring_weights(&weight_map);
     } else if (warp == 1 && lane == 0) {
-      roles.bring_x(&x_map);
+      roles.bring_x(&x_map, &scale_map);
     } else if (warp >= 2 && warp < 2 + S::kWarpgroups) {
       roles.finish(staged, warp - 2);
     } else {
@@ -527,13 +543,22 @@ inline bool encode_rows(CUtensorMap* map, const void* data, int rows, int column
   return encode_swizzled_map(map, true, data, sizes, strides, box);
 }
 
+// Rows of scales as boxes of `box_rows` rows of a group of chunks.
+inline bool encode_scales(CUtensorMap* map, const float* scales, int rows, int stride, int box_rows) {
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(stride), static_cast<cuuint64_t>(rows), 1};
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(stride) * sizeof(float);
+  const cuuint64_t strides[2] = {row_bytes, row_bytes * rows};
+  const cuuint32_t box[3] = {kScaleGroup, static_cast<cuuint32_t>(box_rows), 1};
+  return encode_float_map(map, scales, sizes, strides, box);
+}
+
 inline bool in_vectors(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
 }
 
 constexpr int tiles_of(int size, int tile) { return (size + tile - 1) / tile; }
 
-template <typename T, typename S, bool kBlocks>
+template <typename T, typename S>
 cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   const int features = p.is_gated ? p.out_features / 2 : p.out_features;
   Schedule s{};
@@ -545,20 +570,21 @@ cudaError_t launch_tile(const Fp8Params& p, int sms, cudaStream_t stream) {
   s.aligned = features % 8 == 0 && in_vectors(p.out, p.out_stride) &&
               (p.residual == nullptr || in_vectors(p.residual, p.residual_stride));
 
-  CUtensorMap x_map, weight_map;
+  CUtensorMap x_map, scale_map{}, weight_map;
   if (!encode_rows(&x_map, p.x, p.tokens, p.in_features, p.x_stride, s.x_rows) ||
       !encode_rows(&weight_map, p.weight, p.out_features, p.in_features, p.weight_stride,
-                   p.is_gated ? S::kColumns / 2 : S::kColumns)) {
+                   p.is_gated ? S::kColumns / 2 : S::kColumns) ||
+      (S::kBlocks && !encode_scales(&scale_map, p.x_scales, p.tokens, p.scale_stride, s.x_rows))) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = gemm_kernel<T, S, kBlocks>;
+  const auto kernel = gemm_kernel<T, S>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kUsedBytes)) {
     return error;
   }
   const int tiles = s.token_tiles * s.feature_tiles;
   return launch(kernel, dim3(static_cast<unsigned>(tiles < sms ? tiles : sms)), S::kThreads, S::kUsedBytes,
-                stream, x_map, weight_map, p, s);
+                stream, x_map, scale_map, weight_map, p, s);
 }
 
 // Up to which a tile has room for more stages, with less of x in each.
@@ -567,10 +593,10 @@ constexpr int kFewTokens = 16;
 // Compiled once for each type (sm90_bf16.cu, sm90_f16.cu).
 template <typename T>
 cudaError_t launch_choice(const Fp8Params& p, int tile, int sms, cudaStream_t stream) {
-#define TGI_TILE(number, ...)                                                        \
-  case number:                                                                       \
-    if (p.in_blocks) return launch_tile<T, Tile<__VA_ARGS__>, true>(p, sms, stream); \
-    return launch_tile<T, Tile<__VA_ARGS__>, false>(p, sms, stream);
+#define TGI_TILE(number, ...)                                                    \
+  case number:                                                                   \
+    return p.in_blocks ? launch_tile<T, Tile<true, __VA_ARGS__>>(p, sms, stream) \
+                       : launch_tile<T, Tile<false, __VA_ARGS__>>(p, sms, stream);
   switch (tile) {
     TGI_TILE(0, 1, 32, 4, kFewTokens)
     TGI_TILE(1, 1, 32, 4)

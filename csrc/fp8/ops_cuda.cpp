@@ -40,8 +40,9 @@ const float* block_scales_of(const Tensor& scales, int64_t rows, int64_t blocks,
   return scales_of(scales, {rows, scales.size(1)}, like, name);
 }
 
-void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, double bound, bool in_blocks,
-                        const Tensor& codes, const Tensor& scales) {
+// Where the rounded rows of x go.
+QuantiseParams rounded(const Tensor& x, const std::optional<Tensor>& fixed, double bound, bool in_blocks,
+                       const Tensor& codes, const Tensor& scales) {
   check_dims(x, 2, "x");
   check_rows(x, x, "x");
   check_codes(codes, x, "codes");
@@ -53,7 +54,7 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
   } else {
     scales_of(scales, {tokens}, x, "scales");
   }
-  const QuantiseParams params{
+  return {
       .codes = codes.mutable_data_ptr(),
       .scales = static_cast<float*>(scales.mutable_data_ptr()),
       .x = x.const_data_ptr(),
@@ -66,12 +67,31 @@ void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, dou
       .bound = static_cast<float>(bound),
       .in_blocks = in_blocks,
   };
+}
+
+void quantise_e4m3_cuda(const Tensor& x, const std::optional<Tensor>& fixed, double bound, bool in_blocks,
+                        const Tensor& codes, const Tensor& scales) {
+  const QuantiseParams params = rounded(x, fixed, bound, in_blocks, codes, scales);
   check_launch(quantise_e4m3(params, dtype_of(x, "x"), stream_of(x)), "quantise_e4m3");
+}
+
+void rms_norm_e4m3_cuda(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& fixed,
+                        double bound, bool in_blocks, const Tensor& codes, const Tensor& scales) {
+  const QuantiseParams to = rounded(x, fixed, bound, in_blocks, codes, scales);
+  check_rows(weight, x, "weight");
+  check_shape(weight, {x.size(1)}, "weight");
+  check(is_aligned(weight.const_data_ptr()), "weight does not start on 16 bytes");
+  check(to.columns <= kMaxNormColumns, "x has ", to.columns, " columns; rows of up to ", kMaxNormColumns,
+        " are normed and rounded at once");
+  const NormQuantiseParams params{
+      .rounding = to, .weight = weight.const_data_ptr(), .eps = static_cast<float>(eps)};
+  check_launch(norm_quantise_e4m3(params, dtype_of(x, "x"), stream_of(x)), "rms_norm_e4m3");
 }
 
 void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
                      const Tensor& weight_scales, bool in_blocks, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out) {
+                     const std::optional<Tensor>& residual, int64_t epilogue, const Tensor& out,
+                     int64_t tile) {
   check_codes(x, x, "x");
   check_codes(weight, x, "weight");
   check_dims(out, 2, "out");
@@ -118,6 +138,7 @@ void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
       .in_blocks = in_blocks,
       .is_gated = is_gated,
       .activation = is_gated ? kGates[epilogue - 1] : Activation::silu,
+      .tile = static_cast<int>(tile),
   };
   check_launch(fp8_matmul(params, dtype_of(out, "out"), stream_of(x)), "fp8_matmul");
 }
@@ -127,6 +148,7 @@ void fp8_matmul_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
 
 STABLE_TORCH_LIBRARY_IMPL(tgi, CUDA, m) {
   m.impl("quantise_e4m3", TORCH_BOX(&tgi::quantise_e4m3_cuda));
+  m.impl("rms_norm_e4m3", TORCH_BOX(&tgi::rms_norm_e4m3_cuda));
   m.impl("fp8_matmul", TORCH_BOX(&tgi::fp8_matmul_cuda));
 }
 

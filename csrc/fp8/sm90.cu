@@ -27,7 +27,8 @@ int choose(const Fp8Params& p, int sms) {
     const float taken = fmaxf(waves * (tiles_of(p.in_features, kChunk) * c.chunk_us + kTileUs), memory_us);
     if (best == 0 || taken < least) best = c.tile, least = taken;
   }
-  return best == 1 && p.tokens <= kFewTokens ? 0 : best;
+  if (best == 1 && p.tokens <= kFewTokens) best = 0;
+  return best;
 }
 
 }  // namespace fp8
@@ -38,7 +39,7 @@ cudaError_t fp8_matmul(const Fp8Params& p, DType dtype, cudaStream_t stream) {
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))
     return error;
-  const int tile = fp8::choose(p, sms);
+  const int tile = p.tile >= 0 ? p.tile : fp8::choose(p, sms);
   return by_half_dtype(dtype, [&]<typename T>() { return fp8::launch_choice<T>(p, tile, sms, stream); });
 }
 

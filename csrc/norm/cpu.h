@@ -18,12 +18,22 @@ TGI_INLINE float sum_of_squares(const float* x, int64_t size) {
   return sum(fma(rest, rest, squares));
 }
 
+TGI_INLINE float rms_scale(const float* x, int64_t size, float eps) {
+  return 1.0f / __builtin_sqrtf(sum_of_squares(x, size) / static_cast<float>(size) + eps);
+}
+
 // out = x · weight / √(mean of x² + eps). out may be x.
 TGI_INLINE void rms_norm_row(const float* x, const float* weight, float* out, int64_t size, float eps) {
-  const float scale = 1.0f / __builtin_sqrtf(sum_of_squares(x, size) / static_cast<float>(size) + eps);
+  const float scale = rms_scale(x, size, eps);
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
   for (; i < size; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// The same numbers, out[i] that of column order[i].
+TGI_INLINE void rms_norm_row_in_order(const float* x, const NormParams& p, float* out) {
+  const float scale = rms_scale(x, p.hidden, p.eps);
+  for (int64_t i = 0; i < p.hidden; ++i) out[i] = x[p.order[i]] * scale * p.weight[p.order[i]];
 }
 
 // Σ x, and with it Σ (x − mean)², of one row, in kLanes partial sums added at the end.
@@ -79,6 +89,8 @@ void norm(const NormParams& p) {
       }
       if (p.centred) {
         layer_norm_row(x, p, out);
+      } else if (p.order != nullptr) {
+        rms_norm_row_in_order(x, p, out);
       } else {
         rms_norm_row(x, p.weight, out, p.hidden, p.eps);
       }

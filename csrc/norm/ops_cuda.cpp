@@ -5,7 +5,8 @@ namespace tgi {
 namespace {
 
 void run(const Tensor& x, const Tensor* residual, const Tensor& weight, const std::optional<Tensor>& bias,
-         bool centred, double eps, const Tensor& out, const char* op) {
+         bool centred, double eps, const Tensor& out, const char* op,
+         const std::optional<Tensor>& order = std::nullopt) {
   check_dims(x, 2, "x");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check_rows(x, x, "x");
@@ -17,6 +18,11 @@ void run(const Tensor& x, const Tensor* residual, const Tensor& weight, const st
     check_rows(*bias, x, "bias");
     check_shape(*bias, {hidden}, "bias");
   }
+  if (order.has_value()) {
+    check_order(*order, x, hidden);
+    check(out.const_data_ptr() != x.const_data_ptr() || out.numel() == 0,
+          "out is x; in another order it needs to be apart");
+  }
   const DType dtype = dtype_of(x, "x");
   NormParams params{
       .out = out.mutable_data_ptr(),
@@ -24,6 +30,7 @@ void run(const Tensor& x, const Tensor* residual, const Tensor& weight, const st
       .residual = nullptr,
       .weight = weight.const_data_ptr(),
       .bias = bias.has_value() ? bias->const_data_ptr() : nullptr,
+      .order = order.has_value() ? static_cast<const int32_t*>(order->const_data_ptr()) : nullptr,
       .tokens = tokens,
       .hidden = static_cast<int>(hidden),
       .out_stride = out.stride(0),
@@ -42,17 +49,19 @@ void run(const Tensor& x, const Tensor* residual, const Tensor& weight, const st
   const int bytes = bytes_of(dtype);
   params.aligned = hidden * bytes % 16 == 0 && is_aligned(params.out, params.out_stride * bytes) &&
                    is_aligned(params.x, params.x_stride * bytes) && is_aligned(params.weight) &&
-                   is_aligned(params.bias) && is_aligned(params.residual, params.residual_stride * bytes);
+                   is_aligned(params.bias) && is_aligned(params.order) &&
+                   is_aligned(params.residual, params.residual_stride * bytes);
   check_launch(norm(params, dtype, stream_of(x)), op);
 }
 
-void rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
-  run(x, nullptr, weight, std::nullopt, false, eps, out, "rms_norm");
+void rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps, const Tensor& out,
+                   const std::optional<Tensor>& order) {
+  run(x, nullptr, weight, std::nullopt, false, eps, out, "rms_norm", order);
 }
 
 void add_rms_norm_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                       const Tensor& out) {
-  run(x, &residual, weight, std::nullopt, false, eps, out, "add_rms_norm");
+                       const Tensor& out, const std::optional<Tensor>& order) {
+  run(x, &residual, weight, std::nullopt, false, eps, out, "add_rms_norm", order);
 }
 
 void layer_norm_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,

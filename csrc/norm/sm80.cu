@@ -1,6 +1,7 @@
 // RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et al. 2016, arXiv:1607.06450), alone
 // and with the residual add in front.
 #include "common/dispatch.cuh"
+#include "common/gather.cuh"
 #include "common/pdl.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -16,10 +17,14 @@ constexpr int kVecs =
     4;  // vectors of a row that a thread holds: much in flight for few registers, few warps to join
 
 // One CTA a row; the row stays in registers between the two passes. Thread t holds vectors t and t + threads,
-// so the sum's order follows from the row's length alone.
-template <typename T, bool kResidual, bool kCentred>
+// so the sum's order follows from the row's length alone. Ordered, the result passes through shared memory,
+// and a thread keeps there, too, where its elements come from: registers would be too few.
+template <typename T, bool kResidual, bool kCentred, bool kOrdered = false>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const NormParams p) {
   __shared__ float partial[kCentred ? 64 : 32];
+  extern __shared__ __align__(16) unsigned char memory[];
+  T* staged = reinterpret_cast<T*>(memory);
+  Places<T>* places = reinterpret_cast<Places<T>*>(staged + p.hidden + kBehind<T>);
   const int64_t token = blockIdx.x;
   const T* x_row = static_cast<const T*>(p.x) + token * p.x_stride;
   T* residual_row = static_cast<T*>(p.residual) + token * p.residual_stride;
@@ -32,6 +37,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const NormParams p
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     if (first(i) < p.hidden) weight[i] = load_constant(static_cast<const T*>(p.weight) + first(i));
+  }
+  if constexpr (kOrdered) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (first(i) < p.hidden) places[first(i) / kVec<T>] = places_of<T>(p.order + first(i), p.hidden);
+    }
+    if (threadIdx.x == 0) end_row(staged, p.hidden);
   }
   wait_for_previous();
 #pragma unroll
@@ -89,11 +101,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const NormParams p
 #pragma unroll
       for (int j = 0; j < kVec<T>; ++j) y[j] = element(x[i], j) * scale * element(weight[i], j);
     }
-    store(out_row + first(i), pack<T>(y));
+    store((kOrdered ? staged : out_row) + first(i), pack<T>(y));
+  }
+  if constexpr (kOrdered) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      if (first(i) < p.hidden) store(out_row + first(i), gathered(staged, places[first(i) / kVec<T>]));
+    }
   }
 }
 
-// Rows of any length and alignment, element by element; later passes read the row from L1 or L2.
+// Rows of any length and alignment, element by element; later passes read the row from L1 or L2, in an order
+// that other threads' elements of it: they were stored before block_sum's barrier.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(const NormParams p) {
   __shared__ float partial[64];
@@ -121,16 +141,31 @@ __global__ void __launch_bounds__(kMaxThreads) norm_any_kernel(const NormParams 
   }
   const float scale = rsqrtf(block_sum(squares, partial) / p.hidden + p.eps);
   for (int i = threadIdx.x; i < p.hidden; i += blockDim.x) {
-    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[i]) : 0.0f;
-    const float y =
-        fmaf((to_float(stored[i]) - mean) * scale, to_float(static_cast<const T*>(p.weight)[i]), bias);
+    const int at = p.order ? p.order[i] : i;
+    float y = __int_as_float(-1);  // NaN
+    if (static_cast<unsigned>(at) < static_cast<unsigned>(p.hidden)) {
+      const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[at]) : 0.0f;
+      y = fmaf((to_float(stored[at]) - mean) * scale, to_float(static_cast<const T*>(p.weight)[at]), bias);
+    }
     static_cast<T*>(p.out)[token * p.out_stride + i] = from_float<T>(y);
   }
 }
 
-}  // namespace
-
 // ---- host ----
+
+template <typename T>
+cudaError_t launch_ordered(const NormParams& p, int threads, cudaStream_t stream) {
+  const auto kernel = p.residual ? norm_kernel<T, true, false, true> : norm_kernel<T, false, false, true>;
+  const int shared_bytes = (p.hidden + kBehind<T>)*static_cast<int>(sizeof(T)) + p.hidden * 2;
+  constexpr int kDefault = 48 * 1024 - 128;  // less the partial sums
+  if (shared_bytes > kDefault) {
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shared_bytes)) return error;
+  }
+  return launch(kernel, dim3(static_cast<unsigned>(p.tokens)), threads, shared_bytes, stream, p);
+}
+
+}  // namespace
 
 cudaError_t norm(const NormParams& p, DType dtype, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
@@ -138,6 +173,7 @@ cudaError_t norm(const NormParams& p, DType dtype, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.tokens));
     const int threads = (p.hidden / kVec<T> + kVecs * 32 - 1) / (kVecs * 32) * 32;
     if (p.aligned && threads <= kMaxThreads) {
+      if (p.order) return launch_ordered<T>(p, threads, stream);
       const auto kernel = p.centred
                               ? (p.residual ? norm_kernel<T, true, true> : norm_kernel<T, false, true>)
                               : (p.residual ? norm_kernel<T, true, false> : norm_kernel<T, false, false>);

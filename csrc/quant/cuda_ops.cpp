@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "quant_matmul_runs(Tensor x, Tensor words, Tensor scales, Tensor runs, int scaling, Tensor? table, "
-      "float table_scale, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
+      "float table_scale, Tensor? bias, Tensor? residual, Tensor(a!) out, int ranges=0, int least_ctas=0) "
+      "-> ()");
   m.def(
       "quant_dequantise_runs(Tensor words, Tensor scales, Tensor runs, int scaling, Tensor? table, "
       "Tensor(a!) out) -> ()");

@@ -2,9 +2,10 @@
 // of columns of different widths (EXL2).
 //
 // It sums as sm90_few.cu does: chunks of columns that share a scale by the tensor cores, exact operands, and
-// total = fma(scale, chunk, total) in fp32, in ascending order; where there are few rows, a cluster cuts the
-// columns into ranges. An offset is multiplied by the chunk's sum of x, which a product with ones gives.
-// Tokens come in slabs of 16. docs/kernels/quant_runs.md.
+// total = fma(scale, chunk, total) in fp32, in ascending order; where there are few rows, columns are cut
+// into ranges, of which `inner` are warps of a CTA and `outer` CTAs are a cluster. An offset is multiplied by
+// the chunk's sum of x, which a product with ones gives. Tokens come in slabs of 16.
+// docs/kernels/quant_runs.md.
 //
 //   each warp:  | words and scales of the first blocks | wait for the previous kernel | x of its range |
 //               block n: ldmatrix → widen → mma of each chunk → scale, as words of later blocks travel | next
@@ -26,17 +27,17 @@ namespace tgi::runs {
 // ---- device ----
 
 constexpr int kMaxWarps = 16;
-constexpr int kRowBytes = 128;   // of a piece of x
-constexpr int kPartPieces = 16;  // of x that arrive together
-constexpr int kMaxParts = 16;
+constexpr int kRowBytes = 128;  // of a piece of x
+constexpr int kPartPieces = 4;  // of x that arrive together
+constexpr int kMaxParts = 64;
 constexpr int kHeaderBytes = 1024;  // the barriers; keeps x on the swizzle's 1024 bytes
 constexpr int kMaxRanges = 8;
 
 struct Tiling {
-  int units;            // strips of 16 rows
-  int warps, clusters;  // of a CTA; of the grid, each of `ranges` CTAs
-  int ranges;           // of blocks
-  bool whole;           // every run begins on a block of x, and columns are whole pieces
+  int units;                 // strips of 16 rows
+  int units_each, clusters;  // units of a CTA; clusters of the grid
+  int ranges, inner, outer;  // of blocks: in all, of a CTA; CTAs of a cluster
+  bool whole;                // every run begins on a block of x, and columns are whole pieces
   bool has_table;
   uint16_t table[16];  // operands
   float scale;         // of all sums
@@ -234,22 +235,10 @@ __device__ __forceinline__ void prefetch_run(const QuantRun& run, int unit, int 
   }
 }
 
-// Leaves four sums in the first CTA's shared memory, and tells its barrier.
-__device__ __forceinline__ void send_first(uint32_t address, const float (&value)[4], uint32_t barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, told;\n"
-      "mapa.shared::cluster.u32 there, %0, 0;\n"
-      "mapa.shared::cluster.u32 told, %5, 0;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [told];\n"
-      "}\n" ::"r"(address),
-      "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]), "r"(barrier)
-      : "memory");
-}
-
-// All CTAs of the cluster have begun, and see each other's barriers.
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// The parts of x that a CTA has room for: as if its ranges were all as wide as any.
+__host__ __device__ __forceinline__ int parts_of(const Tiling& t, int blocks) {
+  const int widest = t.inner * ((blocks + t.ranges - 1) / t.ranges);
+  return (widest * 2 + kPartPieces - 1) / kPartPieces;
 }
 
 // Asks for the x of blocks [first, last), part by part.
@@ -318,14 +307,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
                 const __grid_constant__ QuantRuns w, const __grid_constant__ Tiling t) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int range = blockIdx.x % t.ranges, cluster = blockIdx.x / t.ranges;
-  const int first = w.blocks * range / t.ranges, last = w.blocks * (range + 1) / t.ranges;
+  const int rank = blockIdx.x % t.outer, cluster = blockIdx.x / t.outer;
+  const int of_cta = warp / t.inner, range = rank * t.inner + warp % t.inner;
+  const auto border = [&](int of) { return w.blocks * of / t.ranges; };
+  const int first = border(range), last = border(range + 1);
+  const int cta_first = border(rank * t.inner), cta_last = border((rank + 1) * t.inner);
   const uint32_t barriers = shared_address(shared), table = barriers + kHeaderBytes;
   const uint32_t x = table + (t.has_table ? kTableBytes : 0);
-  const uint32_t told = barriers + 8 * (kMaxParts + warp);  // of this warp's sums of other ranges
-  // The widest range decides, so that all ranks agree where sums are left.
-  const int widest = ((w.blocks + t.ranges - 1) / t.ranges * 2 + kPartPieces - 1) / kPartPieces;
-  const uint32_t sums = x + widest * kPartPieces * kTokens * kRowBytes;
+  const uint32_t told = barriers + 8 * (kMaxParts + of_cta);  // of this unit's sums of other ranges
+  // The same in all CTAs of the cluster.
+  const int parts = parts_of(t, w.blocks);
+  const uint32_t sums = x + parts * kPartPieces * kTokens * kRowBytes;
 
   let_next_start();
   bool is_ready = false;
@@ -334,18 +326,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     is_ready = true;
     if (threadIdx.x == 0) {
       prefetch_map(&x_map);
-      for (int i = 0; i < kMaxParts + t.warps; ++i) barrier_init(barriers + 8 * i, 1);
+      for (int i = 0; i < parts; ++i) barrier_init(barriers + 8 * i, 1);
+      for (int i = 0; i < t.units_each; ++i) barrier_init(barriers + 8 * (kMaxParts + i), t.inner);
       barrier_init_done();
     }
     if (t.has_table) fill_table(table, t.table);
     __syncthreads();
     wait_for_previous();
-    if (threadIdx.x == 0) fetch_x<kTokens>(&x_map, w, t.whole, x, barriers, first, last);
-    if (t.ranges > 1) meet_cluster();
+    if (threadIdx.x == 0) fetch_x<kTokens>(&x_map, w, t.whole, x, barriers, cta_first, cta_last);
+    if (t.outer > 1) meet_cluster();
   };
 
-  for (int base = cluster * t.warps; base < t.units; base += t.clusters * t.warps) {
-    const int unit = base + warp;
+  for (int base = cluster * t.units_each; base < t.units; base += t.clusters * t.units_each) {
+    const int unit = base + of_cta;
     if (unit >= t.units) {
       prepare();
       continue;
@@ -356,7 +349,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
       const int next = i + 1 < w.count ? w.run[i + 1].first_block : w.blocks;
       const int from = max(first, run.first_block), to = min(last, next);
       if (from >= to) continue;
-      const uint32_t at = x + (from - first) * 2 * kTokens * kRowBytes;
+      const uint32_t at = x + (from - cta_first) * 2 * kTokens * kRowBytes;
       by_codes<kKinds...>(run.codes, [&]<Codes kCodes>() {
         Walk<T, kCodes, kFormat, kTokens, kSteps> walk{
             .run = run, .scaling = w.scaling, .all_scale = t.scale};
@@ -364,29 +357,40 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
         prepare();
         if (next < last) prefetch_run(w.run[i + 1], unit, w.run[i + 1].codes);
         walk.walk(from - run.first_block, unit % 4, at, table, total, [&](int block) {
-          const int piece = (from - first + block) * 2;
+          const int piece = (from - cta_first + block) * 2;
           if (block == 0 || piece % kPartPieces == 0) barrier_wait(barriers + 8 * (piece / kPartPieces), 0);
         });
       });
     }
-    const auto place = [&](int rank, int j) {
-      return sums + (((rank - 1) * t.warps + warp) * kTokens / 8 + j) * 512 + lane * 16;
+    const auto place = [&](int of, int j) {
+      return sums + (((of - 1) * t.units_each + of_cta) * kTokens / 8 + j) * 512 + lane * 16;
     };
+    if (rank > 0) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) send_first_rank(place(range, j), total[j], told);
+      continue;
+    }
     if (range > 0) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) send_first(place(range, j), total[j], told);
+      for (int j = 0; j < kTokens / 8; ++j) {
+        asm volatile("st.shared.v4.f32 [%4], {%0, %1, %2, %3};" ::"f"(total[j][0]), "f"(total[j][1]),
+                     "f"(total[j][2]), "f"(total[j][3]), "r"(place(range, j))
+                     : "memory");
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(told);
       continue;
     }
     if (t.ranges > 1) {  // then a cluster has one tile
-      if (lane == 0) barrier_arrive_expecting(told, (t.ranges - 1) * kTokens * 64);
+      if (lane == 0) barrier_arrive_expecting(told, (t.ranges - t.inner) * kTokens * 64);
       barrier_wait(told, 0);
-      for (int rank = 1; rank < t.ranges; ++rank) {
+      for (int of = 1; of < t.ranges; ++of) {
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
           float more[4];
           asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                        : "=f"(more[0]), "=f"(more[1]), "=f"(more[2]), "=f"(more[3])
-                       : "r"(place(rank, j)));
+                       : "r"(place(of, j)));
 #pragma unroll
           for (int e = 0; e < 4; ++e) total[j][e] += more[e];
         }
@@ -398,15 +402,43 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
 
 // ---- host ----
 
-constexpr int kSharedBytes = 224 * 1024, kHalfSm = 112 * 1024;
+constexpr int kSharedBytes = 224 * 1024;
+constexpr int kRangePieces = 80;      // of x of 16 tokens that fit beside a table
+constexpr int kWideRangePieces = 64;  // and beside sums
 
-// Ranges of columns: as many as give each scheduler of a large GPU two warps, and as let 16 tokens' x fit.
-// They follow from the shape alone, since bits depend on them.
+// Ranges of columns: as many as give each SM of a large GPU 12 warps of 16 rows, and as let 16 tokens' x fit.
+// An even number, or one, so that clusters of two share them. They follow from the shape alone, since bits
+// depend on them.
 inline int ranges_for(int rows, int pieces) {
-  int ranges = 1;
-  while (ranges < kMaxRanges && (rows + 15) / 16 * ranges < 1024 && pieces / ranges > 8) ranges *= 2;
-  while (ranges < kMaxRanges && pieces / ranges > 5 * kPartPieces) ranges *= 2;
-  return ranges;
+  const int units = (rows + 15) / 16;
+  const int fit = pieces <= kRangePieces ? 1 : (pieces + kWideRangePieces - 1) / kWideRangePieces;
+  const int wanted = max(min(1536 / units, pieces / 16), fit);
+  return wanted <= 1 ? 1 : min(kMaxRanges, (wanted + 1) / 2 * 2);
+}
+
+// Spreads ranges and units over clusters of two CTAs, or as few more as have room for x, in one round.
+// Clusters lie within a GPC, whose SMs larger ones seldom use up: an eighth is left free, or some came in a
+// second round.
+template <int kTokens>
+bool spread(Tiling& t, int blocks, int sms, int least, int* shared_bytes) {
+  for (t.outer = min(least, t.ranges); t.outer <= t.ranges; ++t.outer) {
+    if (t.ranges % t.outer != 0) continue;
+    t.inner = t.ranges / t.outer;
+    if (t.inner > kMaxWarps) continue;
+    const int parts = parts_of(t, blocks), most = t.outer <= 2 ? sms / t.outer : sms * 7 / 8 / t.outer;
+    const auto bytes = [&] {
+      return kHeaderBytes + (t.has_table ? kTableBytes : 0) + parts * kPartPieces * kTokens * kRowBytes +
+             (t.ranges - 1) * t.units_each * kTokens * 64;
+    };
+    t.units_each = max(1, min(kMaxWarps / t.inner, (t.units + most - 1) / most));
+    while (t.inner == 1 && t.units_each > 1 && bytes() > kSharedBytes) t.units_each = (t.units_each + 1) / 2;
+    *shared_bytes = bytes();
+    if (parts <= kMaxParts && *shared_bytes <= kSharedBytes) break;
+  }
+  if (t.outer > t.ranges) return false;
+  t.clusters = (t.units + t.units_each - 1) / t.units_each;
+  if (t.ranges == 1) t.clusters = min(sms, t.clusters);  // they go on with the next tile, and keep x
+  return true;
 }
 
 template <typename T, Format kFormat, int kTokens, int kSteps, Codes... kKinds>
@@ -425,24 +457,10 @@ cudaError_t launch_runs(const RunsMatmulParams& p, const QuantRuns& w, int sms, 
   }
   t.scale = t.has_table ? 1.0f / w.table_scale : 1.0f;
   t.units = (w.rows + kStrip - 1) / kStrip * 4;
-  t.ranges = ranges_for(w.rows, w.blocks * 2);
-  int most = max(1, sms / t.ranges);
-  const int parts = ((w.blocks + t.ranges - 1) / t.ranges * 2 + kPartPieces - 1) / kPartPieces;
-  const int x_bytes =
-      kHeaderBytes + (t.has_table ? kTableBytes : 0) + parts * kPartPieces * kTokens * kRowBytes;
-  const auto bytes = [&] { return x_bytes + (t.ranges - 1) * t.warps * kTokens * 64; };
-  t.warps = min(kMaxWarps, (t.units + most - 1) / most);
-  if (t.ranges > 1 && bytes() > kHalfSm) {
-    // A CTA an SM, and clusters lie within a GPC, whose SMs they seldom use up: what does not fit comes in a
-    // second wave.
-    most = max(1, sms * 7 / 8 / t.ranges);
-    t.warps = min(kMaxWarps, (t.units + most - 1) / most);
-  }
-  while (t.warps > 1 && bytes() > kSharedBytes) t.warps = (t.warps + 1) / 2;
-  const int shared_bytes = bytes();
-  if (parts > kMaxParts || shared_bytes > kSharedBytes) return cudaErrorInvalidValue;
-  t.clusters = (t.units + t.warps - 1) / t.warps;
-  if (t.ranges == 1) t.clusters = min(most, t.clusters);  // they go on with the next tile, and keep x
+  t.ranges = p.ranges > 0 ? p.ranges : ranges_for(w.rows, w.blocks * 2);
+  int shared_bytes = 0;
+  if (!spread<kTokens>(t, w.blocks, sms, p.least_ctas > 0 ? p.least_ctas : 2, &shared_bytes))
+    return cudaErrorInvalidValue;
   CUtensorMap x_map;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(t.whole ? kPiece : w.columns),
                                static_cast<cuuint64_t>(p.tokens),
@@ -456,8 +474,9 @@ cudaError_t launch_runs(const RunsMatmulParams& p, const QuantRuns& w, int sms, 
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
     return error;
   }
-  const dim3 grid(static_cast<unsigned>(t.clusters * t.ranges));
-  return launch_clusters(kernel, grid, t.ranges, t.warps * 32, shared_bytes, stream, x_map, p, w, t);
+  const dim3 grid(static_cast<unsigned>(t.clusters * t.outer));
+  return launch_clusters(kernel, grid, t.outer, t.units_each * t.inner * 32, shared_bytes, stream, x_map, p,
+                         w, t);
 }
 
 // The columns that share a scale in every run: 16, 32, 64 or 128. A last run of one group has it all.
@@ -505,7 +524,7 @@ cudaError_t by_format(const RunsMatmulParams& p, const QuantRuns& w, int sms, cu
 template <typename T>
 cudaError_t runs_matmul_of(const RunsMatmulParams& params, const QuantRuns& w, int sms, cudaStream_t stream) {
   // 16 tokens' x of a range fills shared memory where columns are many.
-  const int slab = w.blocks * 2 > 5 * kPartPieces * kMaxRanges ? 8 : 16;
+  const int slab = w.blocks * 2 > kRangePieces * kMaxRanges ? 8 : 16;
   for (int first = 0; first < params.tokens; first += slab) {
     RunsMatmulParams p = params;
     p.tokens = min(slab, params.tokens - first);

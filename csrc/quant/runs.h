@@ -59,6 +59,8 @@ struct RunsMatmulParams {
   const void* residual;  // like out, or null; may be out itself
   int tokens;
   int64_t out_stride, x_stride, residual_stride;
+  int ranges;  // of columns, which are summed apart, 1 … 8 and at most a block each; 0: as suits the shape
+  int least_ctas;  // of a cluster where there are ranges; 0: as few as have room
 };
 
 // Hopper only; a file each, to be compiled side by side. x starts on 16 bytes, its rows lie multiples of 16

@@ -79,7 +79,7 @@ QuantRuns weight_of(const Tensor& words, const Tensor& scales, const Tensor& run
 void matmul_runs_cuda(const Tensor& x, const Tensor& words, const Tensor& scales, const Tensor& runs,
                       int64_t scaling, const std::optional<Tensor>& table, double table_scale,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                      const Tensor& out) {
+                      const Tensor& out, int64_t ranges, int64_t least_ctas) {
 #if defined(TGI_HAVE_SM90)
   check_dims(x, 2, "x");
   check_dims(out, 2, "out");
@@ -99,6 +99,10 @@ void matmul_runs_cuda(const Tensor& x, const Tensor& words, const Tensor& scales
   }
   if (tokens == 0 || rows == 0) return;
   const QuantRuns weight = weight_of(words, scales, runs, scaling, table, table_scale, rows, columns);
+  check(ranges >= 0 && ranges <= 8 && ranges <= weight.blocks, ranges, " ranges of ", weight.blocks,
+        " blocks of columns; there are 1 to 8, or 0 for as many as suit the shape");
+  check(least_ctas >= 0 && least_ctas <= 8, "clusters of ", least_ctas,
+        " CTAs; a cluster has 1 to 8, 0 for any");
   int sms = 0;
   check_launch(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, x.get_device_index()),
                "quant_matmul_runs");
@@ -113,7 +117,9 @@ void matmul_runs_cuda(const Tensor& x, const Tensor& words, const Tensor& scales
                               .tokens = static_cast<int>(tokens),
                               .out_stride = out.stride(0),
                               .x_stride = x.stride(0),
-                              .residual_stride = residual.has_value() ? residual->stride(0) : 0},
+                              .residual_stride = residual.has_value() ? residual->stride(0) : 0,
+                              .ranges = static_cast<int>(ranges),
+                              .least_ctas = static_cast<int>(least_ctas)},
              weight, sms, stream_of(x)),
       "quant_matmul_runs");
 #else

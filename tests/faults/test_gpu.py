@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.faults.conftest import until
 from tests.faults.tiny_model import write_model
 from tests.server import Server, running_server
 
@@ -85,7 +86,7 @@ def test_row_87_memory_that_another_process_takes_costs_at_most_some_answers(mod
         for was, (status, text) in zip(before, during, strict=True):
             assert (status, text) == was or (status == 503 and "GiB of GPU memory" in text)
         assert list(pool.map(lambda i: outcome(server, i), range(64))) == before
-        assert server.get("/info")["engine"]["running"] == 0
+        until(lambda: server.get("/info")["engine"]["running"] == 0, "the engine to be idle")
 
 
 def test_row_88_an_illegal_access_ends_the_service_and_nothing_wrong_is_said_before(model: Path) -> None:

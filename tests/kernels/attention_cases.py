@@ -94,6 +94,8 @@ def eager(
     sinks: Tensor | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    bias: Tensor | None = None,
+    bias_by_distance: bool = False,
 ) -> Tensor:
     """The same by torch's operators, all of `dtype`: in float64 the oracle, else what rounding must be judged by."""
     out = torch.zeros(case.q.shape, dtype=dtype, device="cuda")
@@ -119,6 +121,13 @@ def eager(
         )
         if alibi_slopes is not None:
             scores = scores + (alibi_slopes.double()[:, None, None] * distance).to(dtype)
+        if bias is not None:
+            key_at = torch.arange(keys, device="cuda").expand_as(distance)
+            columns = -distance.clamp(max=0) if bias_by_distance else key_at
+            columns = columns.clamp(max=bias.shape[2] - 1).expand(heads, -1, -1)
+            of_tokens = bias if bias.shape[0] == 1 else bias[first:stop]
+            picked = of_tokens.expand(queries, heads, -1).transpose(0, 1).gather(2, columns)
+            scores = scores + picked.to(dtype)
         seen = (distance <= 0) & ((distance > -window) if window else True)
         scores = scores.masked_fill(~seen, float("-inf"))
         if sinks is not None:
@@ -162,6 +171,15 @@ def with_heads(options: dict[str, Any], heads: int) -> dict[str, Any]:
     )
     per_head = {"alibi_slopes": slopes, "sinks": sinks}
     return {name: per_head[name] if value is True else value for name, value in options.items()}
+
+
+def bias_of(case: Case, shape: tuple[bool, bool], columns: int) -> Tensor:
+    """[tokens or 1, heads or 1, columns], a tenth of it -inf but never the first column, cut from a wider tensor."""
+    rows, heads = (size if has else 1 for size, has in zip(case.q.shape[:2], shape, strict=True))
+    wide = torch.randn(rows, heads + 1, columns + 5, device="cuda")
+    hidden = torch.rand(wide.shape, device="cuda") < 0.1
+    hidden[..., 0] = False
+    return wide.masked_fill(hidden, float("-inf"))[:, :heads, :columns]
 
 
 def only(case: Case, seq: int) -> Case:

@@ -122,6 +122,93 @@ def test_softcap_slopes_and_sinks_are_the_oracles(
     check(case, softcap=30.0, alibi_slopes=slopes, sinks=sinks, window=40)
 
 
+def bias_of(noise: torch.Generator, rows: int, heads: int, columns: int, device: str = "cpu") -> Tensor:
+    """[tokens or 1, heads or 1, columns] with a tenth of its numbers -inf, cut from a wider tensor."""
+    wide = normal(noise, rows, heads + 1, columns + 5)
+    wide[torch.rand(wide.shape, generator=noise) < 0.1] = float("-inf")
+    return wide.to(device)[:, :heads, :columns]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("by_distance", [False, True], ids=["by key", "by distance"])
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["one row", "a row a token"])
+@pytest.mark.parametrize("of_heads", [False, True], ids=["one head", "all heads"])
+@pytest.mark.parametrize("lengths", MIXED, ids=str)
+def test_a_bias_is_added_to_the_scores(
+    noise: torch.Generator, lengths: list[tuple[int, int]], of_heads: bool, of_tokens: bool, by_distance: bool
+) -> None:
+    case = make(noise, lengths)
+    rows, heads = case.q.shape[0] if of_tokens else 1, 9 if of_heads else 1
+    for columns in (1, 32, 2000):  # what lies beyond the last column takes the last
+        bias = bias_of(noise, rows, heads, columns)
+        check(case, bias=bias, bias_by_distance=by_distance)
+    slopes, sinks = torch.rand(9, generator=noise), normal(noise, 9)
+    options = {"softcap": 2.0, "alibi_slopes": slopes, "sinks": sinks, "window": 40}
+    check(case, bias=bias, bias_by_distance=by_distance, **options)
+
+
+def test_a_bias_is_added_on_every_device(noise: torch.Generator, device: str) -> None:
+    case = make(noise, MIXED[0], device=device, dtype=activation_dtypes(device)[0])
+    for rows, by_distance in ((1, True), (1, False), (case.q.shape[0], False)):
+        check(case, bias=bias_of(noise, rows, 9, 600, device), bias_by_distance=by_distance)
+
+
+@pytest.mark.usefixtures("isa")
+def test_the_slopes_of_distance_are_the_bias_they_stand_for(noise: torch.Generator) -> None:
+    case, slopes = make(noise, MIXED[0]), torch.linspace(0.1, 0.9, 9)
+    by_distance = (slopes[:, None] * -torch.arange(600.0))[None]
+    want = run(case, alibi_slopes=slopes)
+    torch.testing.assert_close(run(case, bias=by_distance, bias_by_distance=True), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_bias_may_hide_all_keys_of_a_step_or_of_a_query(noise: torch.Generator) -> None:
+    case = make(noise, [(3, 1200), (1, 700)])
+    bias = torch.zeros(4, 1, 1200)
+    bias[0, 0, :1100] = float("-inf")  # whole steps and splits, then some keys
+    bias[1, 0, 1000:] = float("-inf")  # the last ones
+    bias[3, 0] = float("-inf")
+    out = run(case, bias=bias)
+    assert_near(out, oracle.attention(*case.args(), case.q.shape[2] ** -0.5, bias=bias), 4)
+    assert out[3].count_nonzero() == 0
+
+
+def test_a_bias_leaves_a_prompt_in_chunks_its_bits(noise: torch.Generator, device: str) -> None:
+    whole = make(noise, [(600, 600)], device=device, dtype=activation_dtypes(device)[0])
+    bias = bias_of(noise, 600, 9, 600, device)
+    want, parts = run(whole, bias=bias), []
+    for start, stop in ((0, 1), (1, 18), (18, 530), (530, 600)):
+        lens, starts = (
+            torch.tensor(values, dtype=torch.int32, device=device) for values in ([stop], [0, stop - start])
+        )
+        part = replace(whole, q=whole.q[start:stop], query_starts=starts, kv_lens=lens)
+        parts.append(run(part, bias=bias[start:stop]))
+    assert_same_bits(torch.cat(parts), want)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(2, 9, 20), "bias has 2 tokens; it needs 5, or 1 for all"),
+        (torch.zeros(5, 3, 20), "bias has 3 heads; it needs 9, or 1 for all"),
+        (torch.zeros(9, 20), r"bias has shape \[9, 20\]; it needs \[tokens or 1, heads or 1, columns\]"),
+        (torch.zeros(1, 9, 20).bfloat16(), "bias has dtype torch.bfloat16; it needs torch.float32"),
+        (torch.zeros(1, 20, 9).transpose(1, 2), "bias has 20 columns of stride 9; it needs contiguous ones"),
+        (torch.zeros(1, 9, 0), "bias has 0 columns"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused_with_its_numbers(
+    noise: torch.Generator, bias: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(make(noise, [(5, 20)]), bias=bias)
+
+
+def test_distances_without_a_bias_are_refused(noise: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="bias_by_distance without a bias"):
+        run(make(noise, [(5, 20)]), bias_by_distance=True)
+
+
 OPTIONS: list[dict[str, Any]] = [{}, {"window": 20}, {"softcap": 5.0, "window": 600}]
 
 

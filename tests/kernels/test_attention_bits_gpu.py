@@ -13,6 +13,7 @@ from tests.kernels.attention_cases import (
     RAGGED,
     VARIANTS,
     Case,
+    bias_of,
     decode,
     make,
     only,
@@ -61,6 +62,27 @@ def test_decode_and_prefill_agree_to_the_bit_with_windows_caps_biases_and_sinks(
     case = make([(300, 2500)], cache=cache)
     options = with_heads(options, case.q.shape[1])
     assert_same_bits(prefill(case, **options), decode(tokens_of(case), **options))
+
+
+@pytest.mark.parametrize("cache", [None, FP8], ids=str)
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_decode_and_prefill_agree_to_the_bit_with_a_bias(
+    by_distance: bool, cache: torch.dtype | None
+) -> None:
+    case = make([(300, 2500)], cache=cache)
+    for of_tokens, others in ((not by_distance, {}), (False, {"alibi_slopes": True, "softcap": 4.0})):
+        options = with_heads(others, case.q.shape[1])
+        options |= {"bias": bias_of(case, (of_tokens, True), 2500), "bias_by_distance": by_distance}
+        assert_same_bits(prefill(case, **options), decode(tokens_of(case), **options))
+
+
+def test_a_bias_of_zeros_changes_no_bit_where_scores_are_made_anyway() -> None:
+    case = make([(300, 2500)])
+    zeros, options = torch.zeros(1, 1, 1, device="cuda"), {"softcap": 30.0}
+    assert_same_bits(prefill(case, bias=zeros, **options), prefill(case, **options))
+    for run in (decode, prefill):
+        tokens = tokens_of(case)
+        assert_same_bits(run(tokens, bias=zeros, **options), run(tokens, **options))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -15,6 +15,7 @@ from tests.kernels.attention_cases import (
     RAGGED,
     VARIANTS,
     assert_as_good_as_eager,
+    bias_of,
     decode,
     ints,
     make,
@@ -84,6 +85,55 @@ def test_prefill_knows_windows_caps_biases_and_sinks(
     case = make([(5, 5), (64, 64), (1, 130), (300, 1100)], cache=cache)
     options = with_heads(options, case.q.shape[1])
     assert_as_good_as_eager(prefill(case, **options), case, **options)
+
+
+BIASES = [((True, True), False), ((False, True), True), ((False, True), False), ((True, False), False)]
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("cache", [None, FP8], ids=str)
+@pytest.mark.parametrize(("shape", "by_distance"), BIASES, ids=str)
+def test_a_bias_is_added_to_the_scores(
+    shape: tuple[bool, bool], by_distance: bool, cache: torch.dtype | None, head_dim: int
+) -> None:
+    head_dim = 48 if cache is FP8 and head_dim == 40 else head_dim
+    options: dict[str, Any]
+    for queries, columns in ((1, 6000), (3, 128), (9, 1)):
+        case = make([(queries, keys) for keys in (9, 64, 130, 1100, 6000)], head_dim=head_dim, cache=cache)
+        options = {"bias": bias_of(case, shape, columns), "bias_by_distance": by_distance}
+        assert_as_good_as_eager(decode(case, **options), case, **options)
+    case = make([(5, 5), (64, 64), (1, 130), (300, 1100)], head_dim=head_dim, cache=cache)
+    options = {"bias": bias_of(case, shape, 1000), "bias_by_distance": by_distance}
+    assert_as_good_as_eager(prefill(case, **options), case, **options)
+    more = {"window": 77, "softcap": 5.0, "alibi_slopes": True, "sinks": True}
+    options |= with_heads(more, case.q.shape[1])
+    assert_as_good_as_eager(prefill(case, **options), case, **options)
+
+
+def test_a_query_whose_keys_a_bias_hides_becomes_zero_and_disturbs_nobody() -> None:
+    case = make([(2, 900), (2, 3000)])
+    bias = torch.zeros(4, 1, 3000, device="cuda")
+    others = bias.clone()
+    bias[1] = float("-inf")
+    bias[2, 0, :2500] = float("-inf")
+    for run in (decode, prefill):
+        out = run(case, bias=bias)
+        assert out[1].count_nonzero() == 0
+        assert_same_bits(out[[0, 3]], run(case, bias=others)[[0, 3]])
+        assert torch.isfinite(out[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 8, 20), r"bias has shape \[2, 8, 20\]; it needs \[1 or 1, 8 or 1, at least 1\]"),
+        ((1, 8, 0), r"bias has shape \[1, 8, 0\]"),
+        ((1, 8), "bias has 2 dimensions; it needs 3"),
+    ],
+)
+def test_a_bias_of_another_shape_is_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        decode(make([(1, 100)]), bias=torch.zeros(shape, device="cuda"))
 
 
 MIXED = ((1, 1), (1, 500), (17, 17), (64, 64), (65, 129), (128, 4000), (0, 77), (333, 333), (700, 2000))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tgi_kernels.fp8 import fits_fp8
+from tgi_kernels.fp8 import PackedFp8, fits_fp8, fits_rms_norm_e4m3, fp8_linear, rms_norm_e4m3
 from tgi_kernels.quant_weight import QuantWeight, some_rows, stack
 from tgi_kernels.reference import fp8 as reference
 
@@ -57,3 +57,24 @@ def test_stored_scales_of_inputs_join_as_the_largest_and_stay_with_a_part() -> N
     part = some_rows(both, 0, 4)
     assert part.input_scale is both.input_scale
     assert not fits_fp8(both)  # on a CPU
+
+
+@pytest.mark.parametrize(("in_blocks", "scales"), [(False, (5,)), (True, (5, 8))])
+def test_a_norm_that_rounds_makes_what_a_product_takes(in_blocks: bool, scales: tuple[int, ...]) -> None:
+    weight_scales = (2, 8) if in_blocks else (256,)
+    packed = PackedFp8(
+        torch.empty(256, 640, dtype=torch.uint8, device="meta"),
+        torch.empty(weight_scales, device="meta"),
+        in_blocks,
+        None,
+        float("inf"),
+    )
+    x = torch.empty(5, 640, dtype=torch.bfloat16, device="meta")
+    assert fits_rms_norm_e4m3(x)
+    assert not fits_rms_norm_e4m3(x[:, 1:])
+    rows = rms_norm_e4m3(x, x[0], 1e-5, packed)
+    assert (len(rows), rows.codes.shape, rows.scales.shape, rows.dtype) == (5, (5, 640), scales, x.dtype)
+    product = fp8_linear(rows, packed)
+    assert (product.shape, product.dtype) == ((5, 256), x.dtype)
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm_e4m3(x, x[0, :-1], 1e-5, packed)

@@ -10,8 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.kernels.compare import assert_same_bits
+from tgi_kernels._library import ops
 from tgi_kernels.activation import Gate
-from tgi_kernels.fp8 import BLOCK, fits_fp8, fp8_linear, fp8_matmul, pack_fp8, quantise_e4m3
+from tgi_kernels.fp8 import (
+    BLOCK,
+    PackedFp8,
+    fits_fp8,
+    fp8_linear,
+    fp8_matmul,
+    pack_fp8,
+    quantise_e4m3,
+    rms_norm_e4m3,
+)
+from tgi_kernels.norm import rms_norm
 from tgi_kernels.quant_size import Inputs, QuantKind, packed_bytes
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_kernels.reference import fp8 as reference
@@ -34,6 +45,7 @@ CASES = [
     for in_blocks in (False, True)
     if not in_blocks or shape[0] % (2 * BLOCK) == 0
 ]
+TILES = 5  # of csrc/fp8/gemm.cuh
 ROUNDINGS = 1.5  # a result may be so many times as far from float64 as the nearest number of its type is
 
 
@@ -97,6 +109,29 @@ def test_inputs_are_rounded_bit_for_bit_like_the_reference(
         assert not in_blocks or not scales[:, blocks:].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 4096), (5, 272), (133, 8192), (2, 32768), (3, 16)])
+def test_a_norm_that_rounds_gives_the_bits_of_a_norm_and_a_rounding(
+    tokens: int, columns: int, in_blocks: bool, dtype: torch.dtype
+) -> None:
+    x, weight = random(tokens, columns + 8, dtype=dtype)[:, :columns], random(columns, dtype=dtype)
+    x[0, :5] *= 30
+    x[-1] = 0
+    for fixed, bound in (
+        (None, float("inf")),
+        (None, 2.5),
+        (torch.tensor([0.01], device="cuda"), float("inf")),
+    ):
+        packed = PackedFp8(torch.zeros(1, columns, dtype=torch.uint8), torch.ones(1), in_blocks, fixed, bound)
+        rows = rms_norm_e4m3(x, weight, 1e-5, packed)
+        want = quantise_e4m3(
+            rms_norm(x.contiguous(), weight, 1e-5), in_blocks=in_blocks, fixed=fixed, bound=bound
+        )
+        assert torch.equal(rows.codes, want[0])
+        assert torch.equal(rows.scales, want[1])
+
+
 def test_numbers_that_are_none_stay_so_in_their_own_token() -> None:
     x = random(3, 4096)
     x[1, 7] = torch.nan
@@ -130,6 +165,25 @@ def test_a_product_is_the_float64_one_rounded_and_the_same_for_any_number_of_tok
     for tokens in TOKENS:
         assert_same_bits(product(x[:tokens]), all_rows[:tokens])
         assert_same_bits(product(x[-tokens:]), all_rows[-tokens:])
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("in_features", [64, 640, 1216, 4096])
+def test_every_tile_gives_the_same_bits(in_features: int, in_blocks: bool) -> None:
+    weight, scales = random_weight(1024, in_features, in_blocks=in_blocks)
+    for tokens in (1, 16, 17, 130, 700):
+        codes, x_scales = quantise_e4m3(random(tokens, in_features), in_blocks=in_blocks)
+        wide = wide_x(codes, x_scales, in_blocks=in_blocks)
+        for epilogue in (0, 1):
+            outs = []
+            for tile in range(0 if tokens <= 16 else 1, TILES):  # the first one has room for 16
+                outs.append(poisoned(tokens, 1024 >> epilogue, torch.bfloat16))
+                ops.fp8_matmul(
+                    codes, x_scales, weight, scales, in_blocks, None, None, epilogue, outs[-1], tile=tile
+                )
+                assert_same_bits(outs[-1], outs[0])
+            if epilogue == 0:
+                close(outs[0], wide @ wide_weight(weight, scales, in_blocks=in_blocks).T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import torch
 from tests.kernels.compare import activation_dtypes, assert_near, assert_same_bits, normal, poisoned
 from tgi_kernels import cpu
 from tgi_kernels._library import ops
+from tgi_kernels.columns import gather_columns
 from tgi_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from tgi_kernels.reference import norm as oracle
 
@@ -141,3 +142,38 @@ def test_the_schemas_of_norms_tell_what_is_written(noise: torch.Generator) -> No
     torch.library.opcheck(ops.add_rms_norm, (x, residual, weight, EPS, torch.empty_like(x)))
     torch.library.opcheck(ops.layer_norm, (x, weight, weight, EPS, torch.empty_like(x)))
     torch.library.opcheck(ops.add_layer_norm, (x, residual, weight, None, EPS, torch.empty_like(x)))
+    order = torch.randperm(20).int()
+    torch.library.opcheck(ops.rms_norm, (x, weight, EPS, torch.empty_like(x), order))
+    torch.library.opcheck(ops.add_rms_norm, (x, residual, weight, EPS, torch.empty_like(x), order))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 8), (1, 7), (33, 64), (17, 577), (3, 4096)])
+def test_a_norm_in_an_order_has_the_bits_of_gathering(
+    noise: torch.Generator, tokens: int, hidden: int, adds: bool
+) -> None:
+    x, residual = normal(noise, tokens, hidden), normal(noise, tokens, hidden)
+    weight, order = normal(noise, hidden), torch.randperm(hidden, generator=noise).int()
+    out = poisoned(tokens, hidden)
+    if adds:
+        want_residual = residual.clone()
+        want = add_rms_norm(x, want_residual, weight, EPS)
+        add_rms_norm(x, residual, weight, EPS, out, order=order)
+        assert_same_bits(residual, want_residual)
+    else:
+        want = rms_norm(x, weight, EPS)
+        rms_norm(x, weight, EPS, out, order=order)
+    assert_same_bits(out, gather_columns(want, order))
+
+
+def test_an_order_that_does_not_fit_a_norm_is_refused_with_the_mend() -> None:
+    x, weight, order = torch.zeros(2, 8), torch.zeros(8), torch.arange(8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"order has shape \[7\]; it needs \[8\]"):
+        rms_norm(x, weight, EPS, order=order[:7])
+    with pytest.raises(ValueError, match=r"order has dtype torch.int64; it needs torch.int32"):
+        rms_norm(x, weight, EPS, order=order.long())
+    with pytest.raises(ValueError, match="order has numbers from 1 to 8; x has the columns 0 to 7"):
+        rms_norm(x, weight, EPS, order=order + 1)
+    with pytest.raises(ValueError, match="out is x; with an order it needs to be apart"):
+        add_rms_norm(x, x.clone(), weight, EPS, x, order=order)

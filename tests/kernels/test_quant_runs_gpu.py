@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.kernels.compare import assert_same_bits
 from tests.kernels.test_quant import Kind, exact, random_weight
 from tests.kernels.test_quant_runs import KINDS
+from tgi_kernels._library import ops
 from tgi_kernels.quant_runs import PackedRuns, dequantise_runs, pack_runs, runs_matmul
 from tgi_kernels.quant_segments import Segments, dequantise_segments
 from tgi_kernels.quant_size import MAX_COLUMNS
@@ -102,6 +103,41 @@ def test_bias_and_residual_are_rounded_as_separate_ops(
     assert runs_matmul(x, packed, bias, residual=total, out=total) is total
     assert_same_bits(total, residual + with_bias)
     torch.testing.assert_close(with_bias, runs_matmul(x, packed) + bias, rtol=0.02, atol=0.05)
+
+
+def cut(packed: PackedRuns, x: Tensor, ranges: int, least_ctas: int) -> Tensor:
+    out = torch.full((len(x), packed.out_features), torch.nan, dtype=x.dtype, device="cuda")
+    fields = packed.words, packed.scales, packed.runs, packed.scaling, packed.table, packed.table_scale
+    ops.quant_matmul_runs(x, *fields, None, None, out, ranges=ranges, least_ctas=least_ctas)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["nf4", "runs"])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_ranges_may_be_warps_or_ctas_and_their_number_changes_nothing_but_roundings(
+    noise: torch.Generator, tokens: int, kind: str
+) -> None:
+    matrix: QuantWeight | Segments
+    if kind == "nf4":
+        matrix = random_weight(noise, (4096, 300, 64), 4, torch.float32, "nf4", "nothing")
+        exactly = exact(matrix)
+    else:
+        matrix = segments(noise, MIXES[0], 300)
+        exactly = torch.cat([exact(part) for part in matrix.parts], 1)
+    packed = on_gpu(matrix, torch.bfloat16)
+    x = random(tokens, 4096, dtype=torch.bfloat16)
+    want = x.double() @ exactly.cuda().T
+    for ranges in (1, 2, 3, 4, 6, 8):
+        ours = cut(packed, x, ranges, 1)
+        assert (ours.double() - want).norm() <= 1.2 * (want.bfloat16().double() - want).norm()
+        for least_ctas in (2, 3, 8):
+            assert_same_bits(cut(packed, x, ranges, least_ctas), ours)
+
+
+def test_more_ranges_than_blocks_of_columns_are_refused(noise: torch.Generator) -> None:
+    packed = on_gpu(random_weight(noise, (256, 64, 64), 3), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="3 ranges of 2 blocks"):
+        cut(packed, random(1, 256, dtype=torch.bfloat16), 3, 0)
 
 
 def test_columns_in_another_order_meet_their_own_x(noise: torch.Generator) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tgi_server.checkpoint.headers import stored_tensors
 from tgi_server.config import ModelConfig
 from tgi_server.layers.linear import Linear
+from tgi_server.layers.norm import RMSNorm
 from tgi_server.layers.product import Dense, Int8, Product, Quantised, SideBySide
 from tgi_server.layers.segmented import Segmented
 from tgi_server.models.decoder import Decoder
@@ -28,7 +29,10 @@ def loaded_bytes(model: Decoder) -> int:
     parameters = [model.embedding.table, model.norm.weight]
     parameters += [norm.weight for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
     held = [tensor for product in products_of(model) for tensor in tensors_of(product)]
-    return sum(tensor.nbytes for tensor in [*parameters, *held])
+    orders = [
+        layer.order for layer in model.modules() if isinstance(layer, RMSNorm) and layer.order is not None
+    ]
+    return sum(tensor.nbytes for tensor in [*parameters, *held, *orders])
 
 
 def products_of(model: Decoder) -> list[Product]:

@@ -192,7 +192,8 @@ def test_int8_by_int8_answers_what_compressed_tensors_own_arithmetic_does(tmp_pa
     want = own_arithmetic(dense, section, 0.02 if "stored" in case else None)
     # A number between two codes may go to either, as float32 has it, and is met by all later tokens.
     apart, off = (got - want).abs(), (unrounded - want).abs()
-    assert apart[0].max() < 1e-4 < 1e-3 < off[0].max()
+    assert apart[0].max() < 1e-4
+    assert off[0].max() > 1e-3
     assert apart.mean() < 0.5 * off.mean()
 
 

@@ -18,6 +18,8 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_by_distance: bool = False,
 ) -> Tensor:
     """Shapes as `tgi_kernels.attention.attention`. Returns float64 like q; rows of no sequence are zero."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -32,6 +34,12 @@ def attention(
         distance = key_at - torch.arange(kv_len - (stop - first), kv_len, device=q.device).unsqueeze(1)
         if alibi_slopes is not None:
             scores = scores + alibi_slopes.double().view(-1, 1, 1) * distance
+        if bias is not None:
+            columns = -distance.clamp(max=0) if bias_by_distance else key_at.expand_as(distance)
+            rows = bias if bias.shape[0] == 1 else bias[first:stop]
+            rows = rows.double().expand(stop - first, q.shape[1], -1).transpose(0, 1)
+            picked = columns.clamp(max=bias.shape[2] - 1).expand(q.shape[1], -1, -1)
+            scores = scores + rows.gather(2, picked)
         seen = distance <= 0
         if window > 0:
             seen = seen & (distance > -window)
@@ -40,7 +48,8 @@ def attention(
             sink = sinks.double().view(-1, 1, 1).expand(-1, stop - first, 1)
             weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
         else:
-            weights = scores.softmax(-1)
+            nothing = scores.isneginf().all(-1, keepdim=True)
+            weights = scores.softmax(-1).masked_fill(nothing, 0.0)
         out[first:stop] = torch.einsum("hqk,hkd->qhd", weights, values)
     return out
 

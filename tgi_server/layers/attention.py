@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tgi_kernels.fp8 import Fp8Rows
 from tgi_kernels.rope import rotary_kv_write
 from tgi_server.config import ModelConfig
 from tgi_server.layers.batch import Batch
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         self.cache_spec = CacheSpec("pages", config.num_kv_heads, self.head_dim)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
+    def forward(self, x: Tensor | Fp8Rows, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
         """x: [tokens, hidden]; the result is added to `residual`, of the same shape, in place.
 
         kv_pages: this layer's [pages, 2, kv_heads, 16, head_dim], written to.

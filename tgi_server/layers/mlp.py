@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tgi_kernels.activation import Gate
+from tgi_kernels.fp8 import Fp8Rows
 from tgi_server.config import ModelConfig
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
@@ -37,7 +38,7 @@ class GatedMLP(nn.Module):
         self.down = down
         self.gate = _gate(config)
 
-    def forward(self, x: Tensor, residual: Tensor) -> None:
+    def forward(self, x: Tensor | Fp8Rows, residual: Tensor) -> None:
         """x: [tokens, hidden]; the result is added to `residual`, of the same shape, in place."""
         self.down.add_to(residual, self.gate_up(x, gate=self.gate))
 

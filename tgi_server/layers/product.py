@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tgi_kernels.activation import Gate
-from tgi_kernels.fp8 import fits_fp8, fp8_linear, pack_fp8
+from tgi_kernels.fp8 import Fp8Rows, fits_fp8, fp8_linear, pack_fp8
 from tgi_kernels.int8 import fits_int8, int8_linear, pack_int8
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linear
@@ -80,7 +80,7 @@ class Fp8:
         self.kind = f"{_format(weights, matrix)} · activations rounded to e4m3, {scales}"
         self.packed = pack_fp8(matrix)
 
-    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+    def __call__(self, x: Tensor | Fp8Rows, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return fp8_linear(x, self.packed, bias, **ending)
 
 
@@ -119,7 +119,7 @@ def load_product(
 ) -> Product:
     """The product of the matrices `names`, which have `outs` rows. Neighbours that fit together are one.
 
-    rows: [rows of each matrix] int64, the order that they are put in; None: their own.
+    rows: [rows of each matrix] int32 or int64, the order that they are put in; None: their own.
     """
     products: list[Product] = []
     widths: list[int] = []
@@ -137,7 +137,7 @@ def load_product(
 
 
 def take_order(product: Product) -> Tensor | None:
-    """[in_features] int64, the order that columns of x have to be in from now on; None: their own, as before.
+    """[in_features] int32, the order that columns of x have to be in from now on; None: their own, as before.
 
     What has an order gathers columns itself until it is taken.
     """

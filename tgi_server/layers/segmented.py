@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tgi_kernels.columns import gather_columns
 from tgi_kernels.matmul import GATED
 from tgi_kernels.quant import fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_segments import Segments
@@ -23,7 +24,7 @@ class Segmented:
         self.kind = f"{weights.scheme.title if weights.scheme else 'segments'} · fused"
         self.parts = [pack_quant(part, weights.dtype) for part in matrix.parts]
         self.widths = matrix.widths
-        self.order = matrix.order
+        self.order = None if matrix.order is None else matrix.order.int()
 
     @staticmethod
     def takes(matrix: Segments) -> bool:
@@ -35,7 +36,7 @@ class Segmented:
         if gate is not None:
             return GATED[gate](self(x, bias), out)
         if self.order is not None:
-            x = x.index_select(1, self.order)
+            x = gather_columns(x, self.order)
         first, *others = zip(self.parts, x.split_with_sizes(self.widths, 1), strict=True)
         y = quant_linear(first[1], first[0], bias, residual=ending.get("residual"), out=out)
         for part, columns in others:

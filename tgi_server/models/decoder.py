@@ -14,6 +14,7 @@ from tgi_server.layers.embedding import Embedding
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.mlp import GatedMLP
 from tgi_server.layers.norm import RMSNorm
+from tgi_server.layers.product import take_order
 from tgi_server.layers.weights import Weights
 
 # Makes the attention of layer i from the weights of its block.
@@ -21,7 +22,10 @@ MakeAttention = Callable[[Weights, int], Attention]
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each of a norm of the residual and added to it."""
+    """One layer: attention and MLP, each of a norm of the residual and added to it.
+
+    Where qkv or gate and up have their columns in another order, the norm before them writes in it.
+    """
 
     def __init__(self, weights: Weights, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -29,11 +33,14 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = RMSNorm(weights.at("post_attention_layernorm"), config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(weights.at("mlp"), config)
+        self.attention_norm.order = take_order(attention.qkv.product)
+        self.mlp_norm.order = take_order(self.mlp.gate_up.product)
 
     def forward(self, residual: Tensor, batch: Batch, kv_pages: Tensor) -> None:
         """residual: [tokens, hidden], grows in place."""
-        self.attention(self.attention_norm(residual), residual, batch, kv_pages)
-        self.mlp(self.mlp_norm(residual), residual)
+        x = self.attention_norm(residual, self.attention.qkv)
+        self.attention(x, residual, batch, kv_pages)
+        self.mlp(self.mlp_norm(residual, self.mlp.gate_up), residual)
 
 
 class Decoder(nn.Module):
