@@ -1,9 +1,11 @@
 """Decode and prefill on CPUs with weights of a few bits, beside the same model in bf16, in one run.
 
-    python -m benchmarks.cpu_quant [--model models/SmolLM2-135M-Instruct] [--gptq FOLDER] [--isa avx2] [--threads 2]
+    python -m benchmarks.cpu_quant [--model models/SmolLM2-135M-Instruct] [--gptq FOLDER] [--w8a8 FOLDER] [--isa avx2]
+        [--threads 2] [--only int8 w8a8]
 
-FOLDER is what `tgi-server quantize MODEL FOLDER --bits 4 --group-size 64` wrote. The other formats are made here: Q4_1
-in the blocks of GGUF with the head in Q8_0, as llama.cpp's own Q4_1 files have it; NF4 and int8 while loading.
+Folders are what `tgi-server quantize MODEL FOLDER --bits 4 --group-size 64` and `... --method w8a8` wrote. The other
+formats are made here: Q4_1 in the blocks of GGUF with the head in Q8_0, as llama.cpp's own Q4_1 files have it; NF4 and
+int8, whose activations stay as they are, while loading.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from benchmarks.cpu import NEW_TOKENS, PROMPT_TOKENS, Engine, parser_of, read_roof, use, weight_bytes
 from benchmarks.harness import Report, cpu_name, csrc_sha256
 
+WEIGHTS_ALONE = "int8"
 TRIES = 3  # of each figure, formats in turns: what slows the machine for a while slows them all
 
 
@@ -84,6 +87,7 @@ class Figures:
 
 def add(report: Report, all_figures: list[Figures], model: str, read: float) -> None:
     dense, *others = all_figures
+    of_weights = [figures for figures in others if figures.form.name == WEIGHTS_ALONE]
     cases = {
         "decode 1": f"1 stream, {model}",
         "decode 16": f"16 streams, {model}",
@@ -91,6 +95,9 @@ def add(report: Report, all_figures: list[Figures], model: str, read: float) -> 
     }
     for what, case in cases.items():
         for figures in others:
+            baselines = {"bf16": dense.rates[what]}
+            if figures.form.name == "w8a8":
+                baselines |= {f"{WEIGHTS_ALONE}, weights alone": own.rates[what] for own in of_weights}
             reads_known = what == "decode 1" and not figures.form.quantize
             report.add(
                 "quant cpu",
@@ -100,13 +107,15 @@ def add(report: Report, all_figures: list[Figures], model: str, read: float) -> 
                 unit="tok/s",
                 better="higher",
                 roof=read / weight_bytes(figures.form.model) if reads_known else None,
-                baselines={"bf16": dense.rates[what]},
+                baselines=baselines,
             )
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--gptq", type=Path, help="the same model, quantised by `tgi-server quantize`")
+    for name in ("--gptq", "--w8a8"):
+        parser.add_argument(name, type=Path, help="the same model, quantised by `tgi-server quantize`")
+    parser.add_argument("--only", nargs="+", help="of these formats, by name, beside bf16")
     args = parser.parse_args()
     use(args.isa, args.threads)
     report = Report(cpu_name(), csrc_sha256())
@@ -118,8 +127,12 @@ def main() -> None:
             formats.append(Format("gptq int4 g64", args.gptq))
         formats.append(Format("gguf Q4_1", Path(folder)))
         formats.append(Format("nf4 g64", args.model, "bitsandbytes-nf4"))
-        formats.append(Format("int8", args.model, "bitsandbytes"))
-        everything = [Figures(form, args.threads) for form in formats]
+        formats.append(Format(WEIGHTS_ALONE, args.model, "bitsandbytes"))
+        if args.w8a8 is not None:
+            formats.append(Format("w8a8", args.w8a8))
+        dense, *others = formats
+        chosen = [form for form in others if args.only is None or form.name in args.only]
+        everything = [Figures(form, args.threads) for form in (dense, *chosen)]
         gc.collect()
         gc.freeze()  # what was loaded is not the scheduler's: the collector shall not walk it
         for _ in range(TRIES):

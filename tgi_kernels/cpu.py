@@ -37,3 +37,20 @@ def set_isa(name: str) -> None:
     if name not in available_isas():
         raise ValueError(f"instruction set {name!r} is not on this CPU; it has: {' '.join(available_isas())}")
     ops.set_cpu_isa(ISAS.index(name))
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 by AVX512-VNNI's instruction."""
+    return bool(ops.cpu_has_vnni())
+
+
+def vnni() -> bool:
+    """Whether the set avx512 uses it; it does where it can, unless `set_vnni` chose otherwise."""
+    return bool(ops.cpu_vnni())
+
+
+def set_vnni(on: bool) -> None:
+    """Lets the set avx512 use it, or not. Changes no result."""
+    if on and not has_vnni():
+        raise ValueError("AVX512-VNNI is not on this CPU")
+    ops.set_cpu_vnni(on)

@@ -11,11 +11,13 @@ from typing import Final, Literal
 # What a code stands for: itself, or a number of a table.
 Values = Literal["integer", "nf4", "fp4", "e2m1", "e4m3"]
 
-# How a format rounds what it multiplies with a matrix: not at all, or to float8 with a scale a token or a block of 128
-# columns. Where no kernel does, inputs stay as they are, which is nearer to the model that was quantised.
-Inputs = Literal["exact", "rows", "blocks"]
+# How a format rounds what it multiplies with a matrix: not at all; to 8 bits of the matrix's kind, with a scale a token
+# (or a stored one) or a block of 128 columns; or in another way, which no kernel knows. Where none does, inputs stay as
+# they are, which is nearer to the model that was quantised.
+Inputs = Literal["exact", "rows", "blocks", "other"]
 
 _CPU_PANEL: Final = 32  # rows, and codes of a row, that lie together
+_CPU_QUAD: Final = 4  # codes of a row that lie together where x is rounded to int8
 _CPU_TABLE_BYTES: Final = 64
 _GPU_EDGE: Final = 64  # rows of a strip, columns of a piece
 _FP8_BLOCK: Final = 128  # rows and columns that share a scale
@@ -25,6 +27,7 @@ _GPU_BLOCK: Final = 128  # columns that lie together, beside pieces
 FUSED_PIECES_TOKENS: Final = 1024  # weights that `takes_pieces` is true of
 FUSED_RUNS_TOKENS: Final = 64  # all others
 MAX_RUNS: Final = 8  # of columns of different widths, on GPUs
+MAX_INT8_COLUMNS: Final = 65_535  # whose products with x in int8 fit a sum of 32 bits
 MAX_COLUMNS: Final = 80 * 1024  # of x, an eighth of which shared memory holds for 8 tokens
 # How weights are scaled on GPUs, see csrc/quant/runs.h.
 Scaling = Literal["half", "brain", "half_zeros", "brain_zeros", "single", "offset", "zero"]
@@ -55,8 +58,21 @@ def packed_bytes(kind: QuantKind, rows: int, columns: int, *, on_gpu: bool) -> i
     if on_gpu:
         packed = _gpu_bytes(kind, rows, columns)
         return None if packed is None else packed + order
+    if takes_int8(kind, columns):
+        panels, quads = -(-rows // _CPU_PANEL), -(-columns // _CPU_QUAD)
+        return panels * _CPU_PANEL * (_CPU_QUAD * quads + 4)
     table = 0 if kind.values in ("integer", "e4m3") else _CPU_TABLE_BYTES
     return _cpu_bytes(kind, rows, columns) + order + table
+
+
+def takes_int8(kind: QuantKind, columns: int) -> bool:
+    """Whether CPUs multiply such a weight by x in int8, see int8."""
+    return (
+        kind.inputs == "rows"
+        and (kind.values, kind.bits, kind.zeros) == ("integer", 8, "one")
+        and kind.size(columns) == columns <= MAX_INT8_COLUMNS
+        and not kind.is_ordered
+    )
 
 
 def _cpu_bytes(kind: QuantKind, rows: int, columns: int) -> int:

@@ -68,8 +68,13 @@ def _widened_run_bytes(run: list[_Matrix], contents: Contents, tokens: int) -> i
     return sum(
         2 * m.rows * m.columns
         for m, kind in zip(run, kinds, strict=True)
-        if kind is not None and kind.inputs == "exact" and tokens > _most_fused(kind, m.columns)
+        if kind is not None and not _is_rounded(kind) and tokens > _most_fused(kind, m.columns)
     )
+
+
+def _is_rounded(kind: QuantKind) -> bool:
+    """Whether GPUs multiply such a matrix by rounded inputs."""
+    return kind.inputs != "exact" and kind.values == "e4m3"
 
 
 def _most_fused(kind: QuantKind, columns: int) -> int:

@@ -33,6 +33,22 @@ inline std::atomic<CpuIsa>& active_cpu_isa() {
   return isa;
 }
 
+// Whether kernels of the set avx512 may use vpdpbusd. No set of its own: one kernel family has a use for it.
+inline bool has_vnni() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return best_cpu_isa() == CpuIsa::avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Whether they do: if they may, unless a test asked for the others.
+inline std::atomic<bool>& active_vnni() {
+  static std::atomic<bool> active{has_vnni()};
+  return active;
+}
+
 }  // namespace tgi
 
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "activation/cpu_params.h"
+#include "activation/gate.h"
 #include "common/torch_cpu.h"
 #include "quant/cpu_params.h"
 
@@ -50,13 +50,6 @@ QuantWeight read_weight(int64_t in_features, int64_t out_features, const Tensor&
                     : is_e4m3         ? CodeValues::e4m3
                                       : CodeValues::integer,
           .has_zeros = has_zeros};
-}
-
-// What follows the product; the numbers are those of tgi_kernels.quant.GATES.
-void apply_gate(int64_t gate, const GatedParams& params) {
-  static constexpr void (*kGates[])(const GatedParams&) = {silu_and_mul, gelu_and_mul, gelu_tanh_and_mul};
-  check(gate <= 3, "gate is ", gate, "; 1 to 3 are known, 0 is none");
-  kGates[gate - 1](params);
 }
 
 void quant_linear_cpu(const Tensor& x, const Tensor& words, const Tensor& scales,

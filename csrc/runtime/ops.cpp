@@ -16,6 +16,15 @@ void set_cpu_isa(int64_t isa) {
   active_cpu_isa().store(static_cast<CpuIsa>(isa));
 }
 
+bool cpu_vnni() { return active_vnni().load(); }
+
+bool cpu_has_vnni() { return has_vnni(); }
+
+void set_cpu_vnni(bool on) {
+  check(!on || has_vnni(), "this CPU has no AVX512-VNNI");
+  active_vnni().store(on);
+}
+
 int64_t get_num_threads() { return num_threads(); }
 
 void put_num_threads(int64_t threads) {
@@ -30,6 +39,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_best() -> int");
   m.def("set_cpu_isa(int isa) -> ()");
+  m.def("cpu_vnni() -> bool");
+  m.def("cpu_has_vnni() -> bool");
+  m.def("set_cpu_vnni(bool on) -> ()");
   m.def("num_threads() -> int");
   m.def("set_num_threads(int threads) -> ()");
 }
@@ -38,6 +50,9 @@ STABLE_TORCH_LIBRARY_IMPL(tgi, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&tgi::cpu_isa));
   m.impl("cpu_isa_best", TORCH_BOX(&tgi::cpu_isa_best));
   m.impl("set_cpu_isa", TORCH_BOX(&tgi::set_cpu_isa));
+  m.impl("cpu_vnni", TORCH_BOX(&tgi::cpu_vnni));
+  m.impl("cpu_has_vnni", TORCH_BOX(&tgi::cpu_has_vnni));
+  m.impl("set_cpu_vnni", TORCH_BOX(&tgi::set_cpu_vnni));
   m.impl("num_threads", TORCH_BOX(&tgi::get_num_threads));
   m.impl("set_num_threads", TORCH_BOX(&tgi::put_num_threads));
 }

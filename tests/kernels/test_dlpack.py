@@ -21,6 +21,7 @@ from tgi_kernels import (
     columns,
     fp8,
     hopper_matmul,
+    int8,
     matmul,
     norm,
     quant,
@@ -94,22 +95,7 @@ def calls(device: str) -> Iterator[Call]:
             filled,
         )
         yield step.keep_ids, [ints(device, [4, 5, 6], torch.int64), rows, last_ids], {}
-    codes = torch.arange(96 * 64).view(96, 64).remainder(16).to(device, torch.uint8)
-    few_bits = QuantWeight(
-        codes, floats(device, 96, 2).half(), torch.full((96, 2), 8, dtype=torch.int16, device=device), 32, 4
-    )
-    packed = quant.pack_quant(few_bits, x.dtype)
-    yield quant.quant_linear, [x, packed], {"bias": floats(device, 96)}
-    if isinstance(packed, quant_cuda.PackedCuda):
-        yield quant_cuda.quant_matmul, [x, packed], {"residual": floats(device, 3, 96)}
-        runs = quant_runs.pack_runs(few_bits, x.dtype)
-        yield quant_runs.runs_matmul, [x, runs], {"residual": floats(device, 3, 96)}
-        codes, scales = fp8.quantise_e4m3(matrix)
-        yield fp8.quantise_e4m3, [x], {}
-        yield fp8.fp8_matmul, [*fp8.quantise_e4m3(x), codes, scales], {"dtype": x.dtype}
-        eight_bits = QuantWeight(codes, scales.unsqueeze(1), None, 64, 8, values="e4m3", inputs="rows")
-        yield fp8.fp8_linear, [x, fp8.pack_fp8(eight_bits)], {"residual": floats(device, 3, 96)}
-        yield fp8.rms_norm_e4m3, [x, weight, 1e-5, fp8.pack_fp8(eight_bits)], {}
+    yield from few_bits_calls(device, x, matrix)
     yield step.embed, [ints(device, [5, 0, 95], torch.int64), matrix], {}
     yield matmul.linear, [x, matmul.pack_linear(matrix)], {"bias": floats(device, 96)}
     yield sampling.greedy, [logits], {}
@@ -121,12 +107,37 @@ def calls(device: str) -> Iterator[Call]:
     yield sampling.token_logprobs, [logits, rows], {}
 
 
+def few_bits_calls(device: str, x: Tensor, matrix: Tensor) -> Iterator[Call]:
+    """Those of weights of few bits. x: [3, 64]; matrix: [96, 64]."""
+    codes = torch.arange(96 * 64).view(96, 64).remainder(16).to(device, torch.uint8)
+    few_bits = QuantWeight(
+        codes, floats(device, 96, 2).half(), torch.full((96, 2), 8, dtype=torch.int16, device=device), 32, 4
+    )
+    packed = quant.pack_quant(few_bits, x.dtype)
+    yield quant.quant_linear, [x, packed], {"bias": floats(device, 96)}
+    if device == "cpu":
+        zeros = torch.full((96, 1), 128, dtype=torch.int16)
+        eight_bits = QuantWeight(codes, torch.full((96, 1), 0.1), zeros, 64, 8, inputs="rows")
+        yield int8.int8_linear, [x, int8.pack_int8(eight_bits)], {"bias": floats(device, 96)}
+    if isinstance(packed, quant_cuda.PackedCuda):
+        yield quant_cuda.quant_matmul, [x, packed], {"residual": floats(device, 3, 96)}
+        runs = quant_runs.pack_runs(few_bits, x.dtype)
+        yield quant_runs.runs_matmul, [x, runs], {"residual": floats(device, 3, 96)}
+        codes, scales = fp8.quantise_e4m3(matrix)
+        yield fp8.quantise_e4m3, [x], {}
+        yield fp8.fp8_matmul, [*fp8.quantise_e4m3(x), codes, scales], {"dtype": x.dtype}
+        eight_bits = QuantWeight(codes, scales.unsqueeze(1), None, 64, 8, values="e4m3", inputs="rows")
+        yield fp8.fp8_linear, [x, fp8.pack_fp8(eight_bits)], {"residual": floats(device, 3, 96)}
+        yield fp8.rms_norm_e4m3, [x, matrix[0], 1e-5, fp8.pack_fp8(eight_bits)], {}
+
+
 # What makes arguments for the ops, or asks about them; `calls` above uses them as they are.
 _NOT_OPS = {
     "workspace", "green_tokens", "attention_decode_workspace", "attention_prefill_workspace", "takes",
     "pack_linear", "pack_quant", "pack_cuda", "pack_cpu", "dequantise_packed", "fits_kernels", "fits_cuda",
     "fits_cpu", "has_fused_product", "pack_runs", "fits_runs", "dequantise_runs", "pack_fp8", "fits_fp8",
-    "fits_rms_norm_e4m3", "set_num_threads", "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
+    "fits_rms_norm_e4m3", "fits_int8", "pack_int8", "has_vnni", "vnni", "set_vnni", "set_num_threads",
+    "num_threads", "available_isas", "isa", "set_isa", "on_arrays",
 }  # fmt: skip
 _NO_OPS_IN = {"quant_weight", "quant_segments", "quant_size"}  # weights before they are packed, and sizes
 
@@ -228,7 +239,7 @@ def test_every_op_takes_cupy_arrays_and_gives_them_back() -> None:
     for call in calls("cuda"):
         check_same_bits(call, cupy.from_dlpack, cupy.ndarray)
         tried.add(call[0].__name__)
-    assert tried == set(public_ops()) - {"attention"}, "attention itself is for CPUs and the two others"
+    assert tried == set(public_ops()) - {"attention", "int8_linear"}, "these are for CPUs alone"
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from tgi_server.checkpoint.headers import stored_tensors
 from tgi_server.config import ModelConfig
 from tgi_server.layers.linear import Linear
 from tgi_server.layers.norm import RMSNorm
-from tgi_server.layers.product import Dense, Product, Quantised, SideBySide
+from tgi_server.layers.product import Dense, Int8, Product, Quantised, SideBySide
 from tgi_server.layers.segmented import Segmented
 from tgi_server.models.decoder import Decoder
 from tgi_server.quantization.contents import contents_of
@@ -44,7 +44,7 @@ def tensors_of(product: Product) -> Iterator[Tensor]:
         for part in product.products:
             yield from tensors_of(part)
         return
-    assert isinstance(product, (Dense, Quantised, Segmented))
+    assert isinstance(product, (Dense, Int8, Quantised, Segmented))
     if isinstance(product, Segmented):
         yield from [] if product.order is None else [product.order]
     parts = product.parts if isinstance(product, Segmented) else [product.packed]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models.paged import Paged
 from tests.quantization import test_bitsandbytes, test_exl2, test_gptq_kinds, writers
 from tests.quantization.memory import loaded_bytes, planned_bytes, products_of
-from tests.quantization.test_eight_bit import SERVED
+from tests.quantization.test_eight_bit import ROUNDED, SERVED
 from tests.quantization.test_served import CASES, TOKENS, Made, load, write_model
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.gguf_blocks import DECODERS
@@ -42,6 +42,7 @@ def compressed(_name: str, weight: Tensor) -> Made:
 ALL = {
     **CASES,
     **SERVED,
+    **ROUNDED,
     "compressed-tensors, 6 bits": (CT, compressed),
     "bitsandbytes nf4": (test_bitsandbytes.NF4, test_bitsandbytes.nf4),
     "bitsandbytes int8": (test_bitsandbytes.INT8, test_bitsandbytes.int8),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgi_kernels.activation import Gate
 from tgi_kernels.fp8 import Fp8Rows, fits_fp8, fp8_linear, pack_fp8
+from tgi_kernels.int8 import fits_int8, int8_linear, pack_int8
 from tgi_kernels.matmul import GATED, linear, pack_linear
 from tgi_kernels.quant import PackedQuant, fits_kernels, pack_quant, quant_linear
 from tgi_kernels.quant_cpu import PackedCpu
@@ -81,6 +82,18 @@ class Fp8:
 
     def __call__(self, x: Tensor | Fp8Rows, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
         return fp8_linear(x, self.packed, bias, **ending)
+
+
+class Int8:
+    """A matrix of int8 whose inputs are rounded to int8 too."""
+
+    def __init__(self, weights: Weights, matrix: QuantWeight) -> None:
+        scales = "a stored scale" if matrix.input_scale is not None else "scales by token"
+        self.kind = f"{_format(weights, matrix)} · activations rounded to int8, {scales}"
+        self.packed = pack_int8(matrix)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, **ending: Unpack[Ending]) -> Tensor:
+        return int8_linear(x, self.packed, bias, **ending)
 
 
 class SideBySide:
@@ -160,6 +173,8 @@ def quantised_product(weights: Weights, parts: Sequence[QuantWeight]) -> Product
     whole = (stack(parts) if len(parts) > 1 else parts[0]).to(weights.device)
     if weights.dtype != torch.float32 and fits_fp8(whole):
         return Fp8(weights, whole)
+    if fits_int8(whole):
+        return Int8(weights, whole)
     if fits_kernels(whole):
         return Quantised(weights, whole)
     return Dense(weights, [dequantise(whole, weights.dtype)], _unrounded(weights, whole))

@@ -1,7 +1,7 @@
 """compressed-tensors checkpoints: whole numbers of 2 to 8 bits and floats of 8 and 4, each matrix as `targets` say.
 
-Where a config rounds activations to 8 bits as well ("W8A8") so does the product of floats on Hopper GPUs. Elsewhere
-they are left as they are, which is nearer to the model that was quantised.
+Where a config rounds activations to 8 bits as well ("W8A8") so does the product of floats on Hopper GPUs, and that of
+int8 on CPUs. Elsewhere they are left as they are, which is nearer to the model that was quantised.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, cast
 from tgi_kernels.quant_size import Inputs
 from tgi_kernels.quant_weight import QuantWeight
 from tgi_server.errors import StartupError
+from tgi_server.quantization.declared import inputs_of
 from tgi_server.quantization.eight_bit import (
     Tile,
     block_of,
@@ -57,14 +58,8 @@ class WeightSettings:
     group_size: int  # columns that share a scale, -1 for all
     tile_rows: int  # rows that do, -1 for all
     is_symmetric: bool
-    activations: str  # "", or what the format rounds them to: "dynamic", "static"
-
-    @property
-    def inputs(self) -> Inputs:
-        """How inputs of floats are rounded: with scales as fine as those of weights are."""
-        if not self.activations:
-            return "exact"
-        return "rows" if self.group_size == -1 else "blocks"
+    activations: str  # "", or what scales they are rounded with: "dynamic", "static"
+    inputs: Inputs
 
     def tile(self, out_features: int, in_features: int) -> Tile:
         """Rows and columns that share a scale."""
@@ -103,8 +98,7 @@ class CompressedTensors:
         floats = sorted({group.bits for group in self.groups if group.kind == "float"})
         kinds = [f"{', '.join(map(str, integers))} bit"] if integers else []
         kinds += [f"fp{bits}" for bits in floats]
-        rounded = any(group.activations for group in self.groups if group.kind == "int")
-        return f"compressed-tensors {', '.join(kinds)}{', activations not rounded' if rounded else ''}"
+        return f"compressed-tensors {', '.join(kinds)}"
 
     @property
     def leaf(self) -> str:
@@ -121,20 +115,27 @@ class CompressedTensors:
         if not closeness(name, settings.targets) or closeness(name, self.ignored):
             how = "has it under `ignore`" if closeness(name, self.ignored) else "has no target for it"
             raise StartupError(f"{where} has a weight_scale, but config_groups of its config {how}")
-        stored = None
-        if settings.activations:
-            stored = read_input_scale(tensors, name, needed=settings.activations == "static")
-        tile, symmetric = settings.tile(*shape), settings.is_symmetric
-        if settings.layout == "pack-quantized":
-            return read_packed(tensors, name, settings.bits, settings.group_size, *shape, symmetric=symmetric)
-        if settings.layout == "mxfp4-pack-quantized":
-            return read_e2m1(tensors, name, *shape)
-        if settings.kind == "float":
-            weight = read_e4m3(tensors, name, tile, f"{name}.weight_scale", *shape)
-            static = stored if settings.activations == "static" else None
-            return replace(weight, inputs=settings.inputs, input_scale=static)
-        zero_point = None if symmetric else f"{name}.weight_zero_point"
-        return read_integers(tensors, name, tile, settings.bits, *shape, zero_point)
+        weight = _read_weight(tensors, name, settings, shape)
+        if not settings.activations:
+            return weight
+        is_static = settings.activations == "static"
+        stored = read_input_scale(tensors, name, needed=is_static)
+        return replace(weight, inputs=settings.inputs, input_scale=stored if is_static else None)
+
+
+def _read_weight(
+    tensors: Tensors, name: str, settings: WeightSettings, shape: tuple[int, int]
+) -> QuantWeight:
+    """Matrix `name` of so many rows and columns as it is stored."""
+    tile, symmetric = settings.tile(*shape), settings.is_symmetric
+    if settings.layout == "pack-quantized":
+        return read_packed(tensors, name, settings.bits, settings.group_size, *shape, symmetric=symmetric)
+    if settings.layout == "mxfp4-pack-quantized":
+        return read_e2m1(tensors, name, *shape)
+    if settings.kind == "float":
+        return read_e4m3(tensors, name, tile, f"{name}.weight_scale", *shape)
+    zero_point = None if symmetric else f"{name}.weight_zero_point"
+    return read_integers(tensors, name, tile, settings.bits, *shape, zero_point)
 
 
 def _settings(group: object, default_layout: object, where: str) -> WeightSettings:
@@ -168,6 +169,7 @@ def _settings(group: object, default_layout: object, where: str) -> WeightSettin
         tile_rows=rows,
         is_symmetric=choice(weights, "symmetric", (True, False), True, where) is True,
         activations=_activations(group, bits, where),
+        inputs=inputs_of(group.get("input_activations"), kind, columns),
     )
 
 

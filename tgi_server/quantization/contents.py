@@ -118,7 +118,7 @@ def _of_bytes(declared: QuantKind, codes: Entry, scales: Entry, columns: int) ->
     if codes.dtype == "F8_E4M3":
         found = QuantKind(8, size, "e4m3", zeros="none", scale_bytes=4, inputs=declared.inputs)
         return fitted(found, columns)
-    return QuantKind(8, size, scale_bytes=4 if scales.dtype == "F32" else 2)
+    return QuantKind(8, size, scale_bytes=4 if scales.dtype == "F32" else 2, inputs=declared.inputs)
 
 
 KNOWN_FORMATS: Final = tuple(DECLARED)

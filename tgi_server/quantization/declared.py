@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from tgi_kernels.quant_size import Inputs, QuantKind
@@ -59,8 +60,23 @@ def _compressed_tensors(section: Section) -> QuantKind | None:
         rounds = bool(first.get("input_activations")) if isinstance(first, Mapping) else False
         block = weights.get("block_structure")
         return _e4m3(block, rounds_inputs=rounds) if weights.get("num_bits") == 8 else None
-    has_zeros = weights.get("symmetric", True) is not True
-    return _integers(weights.get("num_bits", 4), weights.get("group_size") or -1, has_zeros=has_zeros)
+    size = weights.get("group_size") or -1
+    found = _integers(weights.get("num_bits", 4), size, has_zeros=weights.get("symmetric", True) is not True)
+    activations = first.get("input_activations") if isinstance(first, Mapping) else None
+    return None if found is None else replace(found, inputs=inputs_of(activations, "int", size))
+
+
+def inputs_of(activations: object, kind: str, group_size: object) -> Inputs:
+    """How a compressed-tensors config rounds what it multiplies with matrices of `kind`, "int" or "float".
+
+    With scales as fine as those of weights are: of tokens where a config means all tokens of a batch.
+    """
+    if not activations or not isinstance(activations, Mapping):
+        return "exact"
+    is_plain = activations.get("symmetric", True) is True
+    if kind == "int" and not (is_plain and activations.get("strategy", "token") in ("token", "tensor")):
+        return "other"
+    return "rows" if group_size == -1 else "blocks"
 
 
 def _bitsandbytes(section: Section) -> QuantKind | None:

@@ -42,8 +42,10 @@ METHODS: Final[Mapping[str, Kind]] = {
         needs_text=False,
     ),
     "w8a8": Kind(
-        "8 bits by plain rounding, a scale a row, in compressed-tensors' layout; others round activations too",
-        {},
+        "8 bits, a scale a row, in compressed-tensors' layout, by GPTQ's way, activations in 8 bits too; columns are "
+        "scaled so that both lose little (0 samples: plain rounding)",
+        {"samples": 32},
+        needs_text=False,
     ),
     "w8a16": Kind("8 bits by plain rounding, in compressed-tensors' layout", {"group_size": -1}),
     "exl2": Kind(

@@ -100,7 +100,7 @@ class Job:
         """Write a layer's matrices as they are stored; it computes with them from now on."""
         matrices = {first: self._matrices(linear) for first, linear in self._layers[layer].items()}
         tensors: dict[str, Tensor] = {}
-        if isinstance(self._method, Rescales):
+        if hessians and isinstance(self._method, Rescales):
             tensors = self._rescaled(self._method, layer, matrices, hessians)
         for first, parts in matrices.items():
             tensors |= self._method.quantise(parts, hessians.pop(first, None))
