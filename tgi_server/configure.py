@@ -62,9 +62,9 @@ def memory_plans(values: Values, device_memory_bytes: int | None) -> list[Memory
             f"{folder}: planned are {', '.join(PLANNED_TYPES)}, dense or of {', '.join(KNOWN_FORMATS)}; this is "
             f"{model.model_type!r}{f', of {contents.method}' if contents.method else ''}"
         )
-    asked = _asked(values, folder, model)
     wanted = str(values["device"])
     on_gpu = (wanted != "cpu") if device_memory_bytes is not None else _device(wanted, values) == "cuda"
+    asked = _asked(values, folder, model, on_gpu=on_gpu)
     fraction = float(str(values["cuda_memory_fraction"]))
     if not on_gpu:
         memory_bytes = device_memory_bytes or usable_memory_bytes()
@@ -84,17 +84,18 @@ def _contents(values: Values, folder: Path, model: ModelConfig) -> Contents:
     return contents_of(model.raw, folder, tensors, str(values["quantize"] or ""))
 
 
-def _asked(values: Values, folder: Path, model: ModelConfig) -> Asked:
+def _asked(values: Values, folder: Path, model: ModelConfig, *, on_gpu: bool) -> Asked:
     total = _integer(values, "max_total_tokens") or model.max_positions
     if total > model.max_positions:
         raise StartupError(
             f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
         )
-    sequences = _integer(values, "max_sequences")
+    sequences = _integer(values, "max_sequences") or (256 if on_gpu else 64)
+    batch_tokens = _integer(values, "max_batch_tokens") or (4096 if on_gpu else 256)
     return Asked(
         total,
         sequences,
-        max(_integer(values, "max_batch_tokens"), sequences),
+        max(batch_tokens, sequences),
         _integer(values, "max_batch_total_tokens"),
         fp8_cache=values["kv_cache_dtype"] != "auto",
         deterministic=values["deterministic"] is True,
@@ -124,8 +125,8 @@ def check_checkpoint(values: Values, engine: EngineConfig) -> None:
 
 
 def _engine(values: Values, folder: Path, model: ModelConfig) -> EngineConfig:
-    asked = _asked(values, folder, model)
     device = _device(str(values["device"]), values)
+    asked = _asked(values, folder, model, on_gpu=device == "cuda")
     if device == "cuda" and values["cpu_isa"] != "auto":
         raise StartupError(f"--cpu-isa {values['cpu_isa']} is for --device cpu; leave it out on a GPU")
     dtype = _dtype(str(values["dtype"]), device, model)

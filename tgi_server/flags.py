@@ -228,12 +228,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
         whole(1, 1 << 24), others=("max-input-length",),
     ),
     Flag(
-        "max-batch-tokens", _LIMITS, "tokens computed in one step", whole(1, 1 << 20), 256,
-        others=("max-batch-prefill-tokens", "max-num-batched-tokens", "chunked-prefill-size"),
+        "max-batch-tokens", _LIMITS, "tokens computed in one step; by default 256 on CPUs, 4096 on GPUs",
+        whole(1, 1 << 20), others=("max-batch-prefill-tokens", "max-num-batched-tokens", "chunked-prefill-size"),
     ),
     Flag(
-        "max-sequences", _LIMITS, "sequences computed in one step", whole(1, 4096), 64,
-        others=("max-batch-size", "max-num-seqs", "max-running-requests"),
+        "max-sequences", _LIMITS, "sequences computed in one step; by default 64 on CPUs, 256 on GPUs",
+        whole(1, 4096), others=("max-batch-size", "max-num-seqs", "max-running-requests"),
     ),
     Flag(
         "max-batch-total-tokens", _LIMITS, "tokens the KV cache holds at most; by default what memory allows",

@@ -89,7 +89,7 @@ def _serve_options(given: Mapping[str, object], values: Mapping[str, object], mo
     """What the command line said of the server, and room for the largest batch."""
     options: dict[str, object] = {"log_level": "warn"}
     options |= {flag.key: given[flag.key] for flag in FLAGS if flag.key in given}
-    options |= {key: max(int(str(values[key])), most) for key in ("max_sequences", "max_queue")}
+    options |= {key: max(int(str(values[key] or 0)), most) for key in ("max_sequences", "max_queue")}
     options |= {"port": 0, "host": "127.0.0.1"}
     line = []
     for key, value in options.items():
