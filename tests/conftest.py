@@ -22,6 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["DEVICE"] = device
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("alone") and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("needs the GPU to itself: run it without -n")
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """One server with the demo model, shared by tests that leave it as they found it."""

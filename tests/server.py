@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "SmolLM2-135M-Instruct"
 START_TIMEOUT_S = 60
+
+
+def computes_on_gpu() -> bool:
+    """Whether servers do that are not told what to compute on."""
+    device = os.environ.get("DEVICE", "auto")
+    return torch.cuda.is_available() if device == "auto" else device == "cuda"
 
 
 @dataclass(frozen=True)

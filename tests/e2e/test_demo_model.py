@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import NEW_TOKENS, Reference
 from tests.e2e.prompts import PROMPTS
-from tests.server import DEMO, Server
+from tests.engine.agreement import say
+from tests.engine.gpu_rig import engine
+from tests.server import DEMO, Server, computes_on_gpu
 
 SOME = PROMPTS[:8]
 STOPS = (2,)  # <|im_end|>, the model's only end-of-sequence id
@@ -18,11 +20,16 @@ STOPS = (2,)  # <|im_end|>, the model's only end-of-sequence id
 
 @pytest.fixture(scope="module")
 def expected(reference: Reference) -> dict[str, list[int]]:
-    """The ids of each answer, which ends with the first end-of-sequence id."""
+    """The ids of each answer on the device that servers compute on, up to the first end-of-sequence id."""
+    if computes_on_gpu():
+        sizes = {"max_total_tokens": 4096, "max_batch_tokens": 4096, "num_pages": 1024}
+        all_ids = [said.ids for said in say(engine(DEMO, **sizes), reference.prompts, NEW_TOKENS)]
+    else:
+        all_ids = [answer.ids for answer in reference.answers]
     answers = {}
-    for prompt, answer in zip(PROMPTS, reference.answers, strict=True):
-        end = next((i + 1 for i, token in enumerate(answer.ids) if token in STOPS), NEW_TOKENS)
-        answers[prompt] = answer.ids[:end]
+    for prompt, ids in zip(PROMPTS, all_ids, strict=True):
+        end = next((i + 1 for i, token in enumerate(ids) if token in STOPS), NEW_TOKENS)
+        answers[prompt] = ids[:end]
     return answers
 
 

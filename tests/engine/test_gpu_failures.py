@@ -20,7 +20,11 @@ from tgi_server.engine.client import EngineClient
 from tgi_server.engine.request import FinishReason, GenerationRequest
 from tgi_server.errors import ErrorKind, StartupError, UserError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 LONG = [[i, *prompts(40)[-1][:1] * 300] for i in range(60)]
 

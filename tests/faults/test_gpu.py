@@ -77,6 +77,7 @@ def outcome(server: Server, i: int) -> tuple[int, str]:
         return error.code, json.loads(error.read())["error"]
 
 
+@pytest.mark.alone
 def test_row_87_memory_that_another_process_takes_costs_at_most_some_answers(model: Path) -> None:
     with running_server(*CUDA, model=model) as server, ThreadPoolExecutor(32) as pool:
         before = list(pool.map(lambda i: outcome(server, i), range(64)))

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import pairwise
 
 from tests.faults.conftest import CANARY, MAX_QUEUE, MAX_TOKENS, Target, check_error, until
+from tests.server import computes_on_gpu
 
 LONG = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": MAX_TOKENS - 24}}
 
@@ -95,8 +96,10 @@ def test_row_75_a_herd_with_one_prompt(target: Target) -> None:
     time.sleep(1.0)  # the engine tells of itself every half second
     after = target.server.get("/info")["engine"]
     asked, found = (after[name] - before[name] for name in ("prompt_tokens", "prefix_hit_tokens"))
-    # One computes the prompt. What one step may hold, a second computes before the first has anything to share.
-    assert asked - found < 3 * asked / MAX_QUEUE, f"{asked - found} of {asked} prompt tokens were computed"
+    # One computes the prompt. What one step may hold, a second computes before the first has anything to share; on a
+    # GPU several do, since the next step is planned while one is under way.
+    most = 6 if computes_on_gpu() else 3
+    assert asked - found < most * asked / MAX_QUEUE, f"{asked - found} of {asked} prompt tokens were computed"
 
 
 def test_row_76_half_of_the_clients_leave(target: Target) -> None:
