@@ -18,7 +18,7 @@ from tests.quantization import writers
 from tests.quantization.held import Held, read
 from tests.quantization.make_bitsandbytes import CASES, FILE, digest, made
 from tests.quantization.test_formats import weight_of
-from tests.quantization.test_served import TOKENS, load, write_model
+from tests.quantization.test_served import TOKENS, load, write_both, write_model
 from tgi_kernels.quant_weight import dequantise, table
 from tgi_server.errors import StartupError
 from tgi_server.quantization.detect import scheme_of
@@ -243,10 +243,7 @@ def only_mlp(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 def test_logits_have_the_bits_of_the_dequantised_model(
     tmp_path: Path, section: dict[str, object], make: object
 ) -> None:
-    quantised, dense = tmp_path / "quantised", tmp_path / "dense"
-    for folder in (quantised, dense):
-        write_model(folder)
-    save_file(writers.quantise_folder(quantised, section, make), dense / "model.safetensors")
+    quantised, dense = write_both(tmp_path, section, make)
     assert torch.equal(load(quantised).step({"a": TOKENS})["a"], load(dense).step({"a": TOKENS})["a"])
 
 

@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.quantization import writers
 from tests.quantization.exl2_writer import Mix, random_matrix
 from tests.quantization.test_formats import read
-from tests.quantization.test_served import TOKENS, load, write_model
+from tests.quantization.test_served import TOKENS, load, write_both, write_model
 from tgi_kernels.quant_segments import Segments, dequantise_segments
 from tgi_kernels.quant_weight import QuantWeight, dequantise
 from tgi_server.errors import StartupError
@@ -86,10 +85,7 @@ def make(mixes: dict[str, list[int]]) -> Callable[[str, Tensor], tuple[dict[str,
 def test_a_model_answers_what_its_dense_copy_does_and_alike_for_any_number_of_tokens(
     tmp_path: Path, mixes: dict[str, list[int]], kinds: list[type]
 ) -> None:
-    quantised, copy = tmp_path / "quantised", tmp_path / "dense"
-    for folder in (quantised, copy):
-        write_model(folder)
-    save_file(writers.quantise_folder(quantised, SECTION, make(mixes)), copy / "model.safetensors")
+    quantised, copy = write_both(tmp_path, SECTION, make(mixes))
     served = load(quantised)
     found = [type(layer.product) for layer in served.model.modules() if isinstance(layer, Linear)]
     assert found == [*kinds, Dense]

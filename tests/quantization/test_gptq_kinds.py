@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.quantization import writers
 from tests.quantization.test_formats import GPTQ, Held, read, weight_of
-from tests.quantization.test_served import TOKENS, load, write_model
+from tests.quantization.test_served import TOKENS, load, write_both, write_model
 from tgi_kernels.quant_weight import dequantise
 from tgi_server.errors import StartupError
 from tgi_server.layers.linear import Linear
@@ -119,10 +119,7 @@ def by_rule(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def test_layers_with_settings_of_their_own_are_read_with_them(tmp_path: Path) -> None:
-    quantised, dense = tmp_path / "quantised", tmp_path / "dense"
-    for folder in (quantised, dense):
-        write_model(folder)
-    save_file(writers.quantise_folder(quantised, RULES, by_rule), dense / "model.safetensors")
+    quantised, dense = write_both(tmp_path, RULES, by_rule)
     assert torch.equal(load(quantised).step({"a": TOKENS})["a"], load(dense).step({"a": TOKENS})["a"])
     scheme = scheme_of({"quantization_config": RULES}, quantised)
     assert scheme is not None and scheme.title == "gptq 4 bit g32, 4 bit g96, 8 bit"

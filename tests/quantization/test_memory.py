@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.models.paged import Paged
 from tests.quantization import test_bitsandbytes, test_exl2, test_gptq_kinds, writers
 from tests.quantization.memory import loaded_bytes, planned_bytes, products_of
-from tests.quantization.test_eight_bit import ROUNDED, SERVED
+from tests.quantization.test_eight_bit import SERVED
+from tests.quantization.test_int8_inputs import ROUNDED
 from tests.quantization.test_served import CASES, TOKENS, Made, load, write_model
 from tgi_server.checkpoint.dummy import DummyCheckpoint
 from tgi_server.checkpoint.gguf_blocks import DECODERS

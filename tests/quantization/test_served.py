@@ -85,13 +85,19 @@ def write_model(folder: Path, **shape: int) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_have_the_bits_of_the_dequantised_model(tmp_path: Path, case: str) -> None:
-    section, make = CASES[case]
-    quantised, dense = tmp_path / "quantised", tmp_path / "dense"
+def write_both(parent: Path, section: dict[str, object], make: object) -> tuple[Path, Path]:
+    """Folders of a model as a format stores it and of the dense one that it stands for."""
+    quantised, dense = parent / "quantised", parent / "dense"
     for folder in (quantised, dense):
         write_model(folder)
     save_file(writers.quantise_folder(quantised, section, make), dense / "model.safetensors")
+    return quantised, dense
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_have_the_bits_of_the_dequantised_model(tmp_path: Path, case: str) -> None:
+    section, make = CASES[case]
+    quantised, dense = write_both(tmp_path, section, make)
     served, expected = load(quantised), load(dense)
     kinds = {type(layer.product) for layer in served.model.modules() if isinstance(layer, Linear)}
     assert Quantised in kinds and (SideBySide in kinds) == (case == "awq beside dense matrices")

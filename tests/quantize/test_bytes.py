@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from tests.quantization.test_eight_bit import own_arithmetic
+from tests.quantization.test_int8_inputs import own_arithmetic
 from tests.quantization.test_served import TOKENS, load
 from tests.quantize.test_command import model, quantize
 from tests.quantize.test_solve import inputs, weight
