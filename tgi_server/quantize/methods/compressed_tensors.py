@@ -22,6 +22,7 @@ _STEPS: Final = torch.arange(-127.0, 128.0)
 _FLOATS: Final = table("e4m3")[table("e4m3").isfinite()].unique()
 _POWERS: Final = tuple(0.1 * i for i in range(1, 11))
 _SMALLEST: Final = 1e-2  # of the mean size
+_TOKEN_PEAK: Final = 3.0  # square of a token's largest number over the largest mean square
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,14 @@ def _without_zeros(size: Tensor) -> Tensor:
 def _lost(weight: Tensor, size: Tensor, scales: Tensor) -> float:
     """The expected square error of the products, up to a factor, when columns are multiplied by `scales`.
 
-    Rounding errs by the same variance everywhere in a row of weights, or in a token. That of a row follows its largest
-    number; that of a token what the square of its largest comes to on average, about three times that of the largest
-    size: inputs that are large are so for few tokens.
+    Rounding errs by the same variance everywhere in a row of weights, or in a token, which follows the square of its
+    largest number. What that is of tokens is not known, only the mean square of each input: the largest of these times
+    a factor that was found by trying. SmolLM2-135M loses 0.4 % with 3, and 0.6 % with 2·ln(inputs), which would be that
+    of a normal distribution.
     """
     weight, size = weight * scales, size / scales
     of_weights = weight.abs().amax(1).square().sum() * size.square().sum()
-    of_inputs = 3 * size.max().square() * weight.square().sum()
+    of_inputs = _TOKEN_PEAK * size.max().square() * weight.square().sum()
     return float(of_weights + of_inputs)
 
 
