@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,10 +90,12 @@ def time_of(roofs: Roofs, packed: PackedCuda | PackedRuns, tokens: int) -> tuple
     """µs: of the bytes at the rate of a copy, isolated, and in a chain."""
     tensors = {k: v for k, v in vars(packed).items() if isinstance(v, Tensor) and v.is_cuda}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    clones = [
-        replace(packed, **{name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[arg-type]
-        for _ in range(copies_for(size) - 1)
-    ]
+
+    def clone() -> PackedCuda | PackedRuns:
+        changes: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items()}
+        return replace(packed, **changes)
+
+    clones = [clone() for _ in range(copies_for(size) - 1)]
     x = torch.randn(tokens, packed.in_features, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(tokens, packed.out_features, device="cuda", dtype=torch.bfloat16)
 
