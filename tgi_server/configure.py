@@ -15,6 +15,7 @@ from tgi_server.checkpoint.hub import model_folder
 from tgi_server.checkpoint.verify import verify
 from tgi_server.config import PAGE_TOKENS, EngineConfig, ModelConfig, ServerConfig
 from tgi_server.errors import StartupError
+from tgi_server.flags import CPU_STEP, GPU_STEP
 from tgi_server.memory import usable_cores, usable_memory_bytes
 from tgi_server.memory_plan import (
     DEGREES,
@@ -90,8 +91,9 @@ def _asked(values: Values, folder: Path, model: ModelConfig, *, on_gpu: bool) ->
         raise StartupError(
             f"--max-total-tokens is {total}; {folder.name} was made for {model.max_positions} positions at most"
         )
-    sequences = _integer(values, "max_sequences") or (256 if on_gpu else 64)
-    batch_tokens = _integer(values, "max_batch_tokens") or (4096 if on_gpu else 256)
+    step = GPU_STEP if on_gpu else CPU_STEP
+    sequences = _integer(values, "max_sequences") or step.sequences
+    batch_tokens = _integer(values, "max_batch_tokens") or step.tokens
     return Asked(
         total,
         sequences,

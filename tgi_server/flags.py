@@ -167,6 +167,18 @@ _MODEL, _LIMITS, _HTTP = "model", "limits", "HTTP"
 _ACCESS, _LOGS, _MACHINE = "keys and TLS", "logs and metrics", "machine"
 _COMPATIBLE, _REFUSED = "accepted without effect", "refused"
 
+
+@dataclass(frozen=True)
+class Step:
+    """What one step may hold."""
+
+    tokens: int
+    sequences: int
+
+
+CPU_STEP: Final = Step(256, 64)  # where nothing else is asked for
+GPU_STEP: Final = Step(4096, 256)
+
 QUANTIZE: Final = (
     "awq", "awq_marlin", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2",
     "fp8", "gguf", "gptq", "gptq_marlin", "marlin",
@@ -228,11 +240,13 @@ FLAGS: Final[tuple[Flag, ...]] = (
         whole(1, 1 << 24), others=("max-input-length",),
     ),
     Flag(
-        "max-batch-tokens", _LIMITS, "tokens computed in one step; by default 256 on CPUs, 4096 on GPUs",
+        "max-batch-tokens", _LIMITS,
+        f"tokens computed in one step; by default {CPU_STEP.tokens} on CPUs, {GPU_STEP.tokens} on GPUs",
         whole(1, 1 << 20), others=("max-batch-prefill-tokens", "max-num-batched-tokens", "chunked-prefill-size"),
     ),
     Flag(
-        "max-sequences", _LIMITS, "sequences computed in one step; by default 64 on CPUs, 256 on GPUs",
+        "max-sequences", _LIMITS,
+        f"sequences computed in one step; by default {CPU_STEP.sequences} on CPUs, {GPU_STEP.sequences} on GPUs",
         whole(1, 4096), others=("max-batch-size", "max-num-seqs", "max-running-requests"),
     ),
     Flag(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.text.tiny import write_tiny_folder
 from tgi_server.config import EngineConfig, ServerConfig
-from tgi_server.configure import configurations
+from tgi_server.configure import configurations, memory_plans
 from tgi_server.errors import StartupError
 from tgi_server.logs import logging_to_stderr
 from tgi_server.options import resolve
@@ -36,6 +36,23 @@ def test_what_is_not_said_follows_from_the_model(folder: Path) -> None:
     assert server.max_input_tokens == 511
     assert engine.num_pages > 0 and engine.num_threads > 0
     assert server.sampling_defaults == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "step"),
+    [
+        ("cpu", {}, (256, 64)),
+        ("cuda", {}, (4096, 256)),
+        ("cuda", {"max_batch_tokens": "96", "max_sequences": "8"}, (96, 8)),
+        ("cuda", {"max_batch_tokens": "96"}, (256, 256)),  # so that every sequence has its token
+    ],
+)
+def test_a_step_is_as_large_as_suits_the_device_unless_it_is_said(
+    folder: Path, device: str, said: dict[str, object], step: tuple[int, int]
+) -> None:
+    values, _ = resolve({"model_id": str(folder), "device": device, **said}, {}, launcher=False)
+    asked = memory_plans(values, 80 << 30)[0].asked
+    assert (asked.batch_tokens, asked.sequences) == step
 
 
 @pytest.mark.parametrize(
