@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,15 @@ def test_a_tokens_bytes_are_known_even_inside_a_character() -> None:
     assert [tokenizer.token_bytes(i) for i in ids] == [b"\xc3", b"\xa9"]
     assert tokenizer.token_bytes(END) == b"<|end|>"
     assert tokenizer.token_bytes(99999) == b""
+
+
+def test_answers_with_every_token_of_a_large_vocabulary_take_a_bounded_memory() -> None:
+    tokenizer = Tokenizer(byte_level_tokenizer())
+    tracemalloc.start()
+    try:
+        for token_id in range(100_000):
+            tokenizer.token_bytes(token_id)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 3 << 20
