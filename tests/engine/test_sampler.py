@@ -176,7 +176,7 @@ def test_more_edits_than_there_is_room_for_are_refused_with_both_numbers() -> No
 
 def test_a_plan_says_what_is_asked_once_for_each_time_a_sequence_starts() -> None:
     """And with the tokens that the cache spares, if the sampler must know them."""
-    pool = PagePool(8)
+    pool = PagePool(7)
     scheduler = Scheduler(pool, Limits(64, 4, max_queue=9), lambda: 0.0)
     runner = FakeRunner()
     prompt = list(range(40))

@@ -47,6 +47,39 @@ def test_generated_tokens_are_not_found_by_another_adapter_either() -> None:
         assert rig.scheduler.counts.prefix_hit_tokens - before == found * PAGE_TOKENS
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("batch_tokens", [16, 64, 4096])
+def test_of_a_herd_with_one_prompt_one_computes_it(batch_tokens: int, depth: int) -> None:
+    rig = Rig(batch_tokens=batch_tokens, sequences=16, pages=200, depth=depth)
+    asked = [request(str(i), PROMPT) for i in range(12)]
+    for one in asked:
+        rig.scheduler.add(one)
+    rig.drain()
+    assert rig.answers == {one.id: expected(one) for one in asked}
+    assert rig.scheduler.counts.prefix_hit_tokens == 11 * 5 * PAGE_TOKENS
+
+
+def test_a_request_waits_for_the_pages_it_shares_and_then_computes_the_rest() -> None:
+    rig = Rig(batch_tokens=4096)
+    rig.scheduler.add(request("first", PROMPT))
+    rig.scheduler.add(request("second", PROMPT[:PAGE_TOKENS] + [9] * 40))
+    assert [one.id for one in rig.step().work] == ["first"]
+    (second,) = (one for one in rig.step().work if one.id == "second")
+    assert (second.start, second.count) == (PAGE_TOKENS, 40)
+
+
+@pytest.mark.parametrize(("priority", "beside"), [(0, ["first"]), (-1, ["first", "second"])])
+def test_a_request_waits_for_the_pages_of_older_ones_only(priority: int, beside: list[str]) -> None:
+    rig = Rig(batch_tokens=2 * PAGE_TOKENS)
+    rig.scheduler.add(request("first", PROMPT))
+    rig.step()
+    rig.scheduler.add(request("second", PROMPT, priority=priority))
+    rig.step()
+    assert [one.id for one in rig.step().work] == beside, (
+        "the first has 19 tokens left, 13 are left for the second"
+    )
+
+
 def test_no_two_owners_have_one_root() -> None:
     triples = [*product(("", "m", "mm"), (0, 1, 256), ("", "m", "\0", "key:m"))]
     assert all(root_key(*one) != root_key(*other) for one, other in combinations(triples, 2))

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import pairwise
 
 from tests.faults.conftest import CANARY, MAX_QUEUE, MAX_TOKENS, Target, attack, check_error, survived, until
+from tgi_server.config import PAGE_TOKENS
 
 LONG = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": MAX_TOKENS - 24}}
 
@@ -86,8 +87,7 @@ def test_row_73_answers_are_the_same_beside_a_long_prompt(target: Target) -> Non
 
 
 def test_row_75_a_herd_with_one_prompt() -> None:
-    """At 256 tokens a step on any device: how many prompts a step holds decides how many are computed."""
-    with attack("--max-batch-tokens", "256") as attacked, survived(*attacked) as target:
+    with attack() as attacked, survived(*attacked) as target:
         body = {"inputs": "All of us ask the same. " * 60, "parameters": {"max_new_tokens": 8}}
         prompt_tokens = len(target.send("/tokenize", {"inputs": body["inputs"]}).json)
         before = settled(target)
@@ -98,8 +98,8 @@ def test_row_75_a_herd_with_one_prompt() -> None:
     assert len(set(texts)) == 1
     asked, found = (after[name] - before[name] for name in ("prompt_tokens", "prefix_hit_tokens"))
     assert asked == MAX_QUEUE * prompt_tokens, "nothing but the herd was counted"
-    # One computes the prompt; a second may begin before the first has anything to share.
-    assert asked - found < 3 * prompt_tokens, f"{asked - found} of {asked} prompt tokens were computed"
+    computed, last_page = asked - found, PAGE_TOKENS  # which each has for itself
+    assert computed <= prompt_tokens + MAX_QUEUE * last_page, f"{computed} of {asked} prompt tokens"
 
 
 def settled(target: Target) -> dict[str, int]:

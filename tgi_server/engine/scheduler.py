@@ -300,11 +300,12 @@ class Scheduler:
         if not self._waiting or not self._rows or self._waiting[0].pending:
             return None  # a preempted sequence first gets the tokens that are still being sampled for it
         sequence = self._waiting[0]
-        sequence.pages = self._cached_prefix(sequence)
-        if pages_for(len(sequence.tokens)) - len(sequence.pages) > self._pool.available:
-            self._pool.release(reversed(sequence.pages))
-            sequence.pages = []
+        found = self._cached_prefix(sequence)
+        missing = pages_for(len(sequence.tokens)) - len(found)
+        if missing > self._pool.available or self._is_coming(sequence, len(found)):
+            self._pool.release(reversed(found))
             return None
+        sequence.pages = found
         self._waiting.pop(0)
         sequence.row = self._rows.pop()
         sequence.published = len(sequence.pages)
@@ -325,6 +326,13 @@ class Scheduler:
         full = (len(sequence.tokens) - 1) // PAGE_TOKENS
         keys = [sequence.key_of_page(i) for i in range(full)]
         return self._pool.match(keys, [sequence.page_tokens(i) for i in range(full)], sequence.root)
+
+    def _is_coming(self, sequence: Sequence, index: int) -> bool:
+        """Whether an older sequence that runs will publish page `index`: then a herd's prompt is computed once."""
+        if sequence.scores_prompt or (index + 1) * PAGE_TOKENS >= len(sequence.tokens):
+            return False
+        key = sequence.key_of_page(index)
+        return any(other.key < sequence.key and other.will_publish(index, key) for other in self._running)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages and row; it waits, with its age, to be recomputed."""

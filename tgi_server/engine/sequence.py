@@ -91,6 +91,10 @@ class Sequence:
             )
         return self._keys[index]
 
+    def will_publish(self, index: int, key: PageKey) -> bool:
+        """Whether its page `index` is the one named `key`, all of it known, and not in the prefix index yet."""
+        return self.published <= index < len(self.tokens) // PAGE_TOKENS and self.key_of_page(index) == key
+
     def parent_of_page(self, index: int) -> PageKey:
         return self._keys[index - 1] if index else self.root
 
